@@ -1,0 +1,520 @@
+"""Volumes and masks: arrays with their geometry, and NIfTI in and out.
+
+In memory an array is always in RAS+ order (axis 0 to the patient's right, 1 anterior, 2 superior). A file is written
+back in the orientation and on the affine that its geometry remembers, so a result lies on the grid it was made for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CannotRun, UsageError
+from .events import Note, OnEvent, ignore
+from .geometry import Affine, Geometry, Size, format_triple
+
+if TYPE_CHECKING:
+    import nibabel
+
+    from .quality import Verdict
+
+AIR_HU = -1000
+SUFFIXES = (".nii.gz", ".nii")
+GZIP_LEVEL = 4
+SHEAR_TOLERANCE = 1e-2
+"""How far from zero the cosine between two axes may be; rounding in headers stays far below."""
+LABEL_TOLERANCE = 1e-3
+"""How far from a whole number a label stored as a float may be."""
+
+_RAS = np.array([[0, 1], [1, 1], [2, 1]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """An image: `array` of shape (X, Y, Z) in RAS+ order, float32 or int16, HU for CT, of modality `modality`."""
+
+    array: NDArray[Any]
+    geometry: Geometry
+    modality: str = "ct"
+
+    def __post_init__(self) -> None:
+        _check_shape(self.array, self.geometry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """A label volume: uint8 `array` of shape (X, Y, Z) in RAS+ order, with ids of `vocabulary`."""
+
+    array: NDArray[np.uint8]
+    geometry: Geometry
+    vocabulary: str = "maisi"
+
+    def __post_init__(self) -> None:
+        _check_shape(self.array, self.geometry)
+        if self.array.dtype != np.uint8:
+            raise TypeError(f"a mask is uint8, not {self.array.dtype}")
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return the number of voxels of each id, an array of 256 entries."""
+        return np.bincount(self.array.ravel(order="K"), minlength=256)
+
+    def ids(self) -> tuple[int, ...]:
+        """Return the ids that occur, in order, without the background."""
+        return tuple(int(value) for value in np.flatnonzero(self.counts()) if value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One generated case: what was made, how it was judged, and where it was written."""
+
+    index: int
+    seed: int
+    id: str
+    image: Volume | None
+    mask: Mask | None
+    verdict: Verdict | None = None
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+Grid = TypeVar("Grid", Volume, Mask)
+
+
+def _check_shape(array: NDArray[Any], geometry: Geometry) -> None:
+    if array.shape != tuple(geometry.size):
+        raise ValueError(f"an array of shape {array.shape} does not fit a geometry of size {geometry.size}")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path, *, modality: str = "ct") -> Volume:
+    """Read a 3D NIfTI image of any real type as float32, with the slope and intercept of its header applied.
+
+    Raises `UsageError`, with the fix, for a file that is missing, damaged, not 3D, without a usable affine, of complex
+    or colour values, or with values that are not finite.
+    """
+    path = Path(path)
+    image, geometry = _open(path)
+    if image.get_data_dtype().kind not in "iufb":
+        raise UsageError(
+            f"{path} holds {image.get_data_dtype()} values, not one real number a voxel",
+            hint="save one channel as int16 or float32",
+        )
+    with _reading(path):
+        array = np.asarray(image.dataobj, dtype=np.float32)
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        share = "only values" if bad == array.size else f"{bad} of {array.size} values"
+        raise UsageError(
+            f"{path} holds {share} that are not finite (NaN or infinity)",
+            hint=f"replace them with the background, {AIR_HU} for CT and 0 for MR",
+        )
+    return Volume(array=_to_ras(array, geometry.axcodes), geometry=geometry, modality=modality)
+
+
+def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent = ignore) -> Mask:
+    """Read a 3D NIfTI label map as uint8; whole numbers stored as floats are accepted and noted.
+
+    Raises `UsageError`, with the fix, for what `read_image` refuses, for fractions and for ids outside 0..255, which
+    would be taken for other labels (the networks know a label by its eight bits).
+    """
+    path = Path(path)
+    image, geometry = _open(path)
+    if image.get_data_dtype().kind not in "iufb":
+        raise UsageError(
+            f"{path} holds {image.get_data_dtype()} values, not labels", hint="save labels as uint8"
+        )
+    with _reading(path):
+        array = np.asanyarray(image.dataobj)
+    if array.dtype.kind == "f":
+        whole = np.rint(array)
+        with np.errstate(invalid="ignore"):
+            apart = ~(np.abs(array - whole) <= LABEL_TOLERANCE)
+        if apart.any():
+            example = float(array[apart][0])
+            raise UsageError(
+                f"{path} holds {example:.6g} and {int(apart.sum()) - 1} more values that are not whole numbers,"
+                " so it is not a label map",
+                hint="resample labels with nearest neighbour and save them as uint8",
+            )
+        array = whole
+        on_event(
+            Note(text=f"{path.name} stores its labels as {image.get_data_dtype()}; all are whole numbers")
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0:
+        raise UsageError(
+            f"{path} holds the negative label {low}; labels lie in 0..255",
+            hint="it may be an image and not a label map; otherwise set what is outside to 0",
+        )
+    if high > 255:
+        raise UsageError(
+            f"{path} holds label {high}; labels lie in 0..255, and {high} would be read as {high % 256}",
+            hint="give classes of your own a free id in 133..199 or 201..255",
+        )
+    labels = np.asarray(array, dtype=np.uint8)
+    return Mask(array=_to_ras(labels, geometry.axcodes), geometry=geometry, vocabulary=vocabulary)
+
+
+def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
+    import nibabel
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(f"the file {path} {what}", hint="give the path of a .nii.gz or .nii file")
+    if not path.name.endswith(SUFFIXES):
+        raise UsageError(
+            f"{path} is not named .nii.gz or .nii", hint="convert it to NIfTI first, e.g. with dcm2niix"
+        )
+    try:
+        image = nibabel.load(path)
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, *_DAMAGE) as error:
+        raise UsageError(
+            f"{path} is not a NIfTI file: {_short(error)}", hint="convert it to NIfTI first"
+        ) from error
+    if not isinstance(image, nibabel.Nifti1Image):
+        raise UsageError(f"{path} is not a NIfTI file", hint="convert it to NIfTI first")
+    shape = tuple(int(n) for n in image.shape)
+    if len(shape) != 3 or min(shape) < 1:
+        trailing = len(shape) > 3 and all(n == 1 for n in shape[3:])
+        raise UsageError(
+            f"{path} has {len(shape)} axes ({format_triple(shape)}), not three",
+            hint="drop the last axis of length 1 and save it again"
+            if trailing
+            else "save one 3D volume a file",
+        )
+    return image, _geometry(image.affine, (shape[0], shape[1], shape[2]), path)
+
+
+_DAMAGE = (OSError, EOFError, ValueError, zlib.error)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        raise UsageError(
+            f"{path} is damaged: {_short(error)}", hint="copy or convert the file again"
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _geometry(affine: NDArray[np.float64] | None, shape: Size, path: Path) -> Geometry:
+    import nibabel
+
+    if affine is None or not np.isfinite(affine).all():
+        raise UsageError(f"{path} has an affine that is not finite", hint="set the sform of its header")
+    matrix = np.asarray(affine, dtype=np.float64)[:3, :3]
+    spacing = np.sqrt((matrix**2).sum(axis=0))
+    if (spacing < 1e-3).any():
+        raise UsageError(
+            f"{path} has an affine with a spacing of {format_triple(spacing)} mm",
+            hint="set the sform of its header",
+        )
+    unit = matrix / spacing
+    cosines = np.abs(unit.T @ unit - np.eye(3))
+    if cosines.max() > SHEAR_TOLERANCE:
+        angle = float(np.degrees(np.arccos(np.clip(cosines.max(), 0, 1))))
+        raise UsageError(
+            f"{path} has a sheared affine: two axes meet at {angle:.1f} instead of 90 degrees (gantry tilt?)",
+            hint="resample it to a right-angled grid first",
+        )
+    stored = nibabel.orientations.io_orientation(affine)
+    order = np.argsort(stored[:, 0]).astype(int)
+    ras = np.asarray(affine, dtype=np.float64) @ nibabel.orientations.inv_ornt_aff(stored, shape)
+    x, y, z = (int(axis) for axis in order)
+    return Geometry(
+        size=(shape[x], shape[y], shape[z]),
+        spacing=(_tidy(spacing[x]), _tidy(spacing[y]), _tidy(spacing[z])),
+        affine_rows=_rows(ras),
+        axcodes="".join(nibabel.orientations.ornt2axcodes(stored)),
+    )
+
+
+def _tidy(mm: float) -> float:
+    """Return a spacing without the dust of single precision: 0.70312501 for 0.703125."""
+    return float(f"{mm:.7g}")
+
+
+def _rows(matrix: NDArray[np.float64]) -> Affine:
+    return tuple(tuple(float(value) + 0.0 for value in row) for row in matrix)
+
+
+def _to_ras(array: NDArray[Any], axcodes: str) -> NDArray[Any]:
+    from nibabel import orientations
+
+    turn = orientations.ornt_transform(orientations.axcodes2ornt(axcodes), _RAS)
+    return np.ascontiguousarray(orientations.apply_orientation(array, turn))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_image(
+    volume: Volume, path: str | Path, *, force: bool = False, description: str | None = None
+) -> Path:
+    """Write an image as int16, rounded and clipped (CT: HU); everything else is as in `write_mask`."""
+    array = volume.array
+    if array.dtype != np.int16:
+        limits = np.iinfo(np.int16)
+        array = np.clip(np.rint(array), limits.min, limits.max).astype(np.int16)
+    return _write(array, volume.geometry, Path(path), force=force, description=description, intent="none")
+
+
+def write_mask(mask: Mask, path: str | Path, *, force: bool = False, description: str | None = None) -> Path:
+    """Write a label map as uint8, in the orientation and on the affine of its geometry; return the path.
+
+    The header says mm, one affine in qform and sform, and `SYNTHETIC maisi VERSION` unless `description` (at most 79
+    ASCII characters) is given. Equal content gives equal bytes. The file appears under its name only when it is
+    complete. Raises `UsageError` when it exists and `force` is not set, `CannotRun` when it cannot be written.
+    """
+    return _write(mask.array, mask.geometry, Path(path), force=force, description=description, intent="label")
+
+
+def save_nifti(sample: Sample, folder: str | Path, *, force: bool = False) -> dict[str, Path]:
+    """Write a sample as `{id}_image.nii.gz` and `{id}_label.nii.gz`; the output format `nifti`."""
+    wanted: dict[str, Volume | Mask] = {}
+    if sample.image is not None:
+        wanted["image"] = sample.image
+    if sample.mask is not None:
+        wanted["label"] = sample.mask
+    paths = {kind: Path(folder) / f"{sample.id}_{kind}.nii.gz" for kind in wanted}
+    for path in paths.values():
+        refuse_overwriting(path, force=force)
+    for kind, item in wanted.items():
+        if isinstance(item, Mask):
+            write_mask(item, paths[kind], force=force)
+        else:
+            write_image(item, paths[kind], force=force)
+    return paths
+
+
+def _write(
+    array: NDArray[Any], geometry: Geometry, path: Path, *, force: bool, description: str | None, intent: str
+) -> Path:
+    import nibabel
+    from nibabel import orientations
+
+    if not path.name.endswith(SUFFIXES):
+        raise UsageError(f"{path} is not named .nii.gz or .nii", hint="name the output *.nii.gz")
+    refuse_overwriting(path, force=force)
+    turn = orientations.ornt_transform(_RAS, orientations.axcodes2ornt(geometry.axcodes))
+    stored = orientations.apply_orientation(array, turn)
+    affine = np.asarray(geometry.affine, dtype=np.float64) @ orientations.inv_ornt_aff(turn, array.shape)
+    image = nibabel.Nifti1Image(stored, affine)
+    header = image.header
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    header.set_xyzt_units("mm", "sec")
+    header.set_intent(intent)
+    header["descrip"] = (description or synthetic_description()).encode("ascii", "replace")[:79]
+
+    def fill(file: IO[bytes]) -> None:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile(
+                filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0
+            ) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
+
+    write_atomic(path, fill)
+    return path
+
+
+def synthetic_description() -> str:
+    """Return what the header of a generated file says."""
+    from . import __version__
+
+    return f"SYNTHETIC maisi {__version__}"
+
+
+def refuse_overwriting(path: Path, *, force: bool) -> None:
+    """Raise `UsageError` when `path` exists and `force` is not set."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} already exists", hint="add --force to replace it, or choose another --out")
+
+
+def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
+    """Write a file so that it appears complete or not at all, whatever interrupts it.
+
+    `content` is the bytes, or a function that writes them to an open file. Raises `CannotRun` for a full or read-only
+    disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise CannotRun(
+            f"cannot write to {path.parent}: {error.strerror}", hint="choose another --out"
+        ) from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CannotRun(
+            f"cannot write {path}: {error.strerror}", hint="free disk space or choose another --out"
+        ) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# --- fitting a grid --------------------------------------------------------------------------------------------------
+
+
+def pad(item: Grid, size: Size, *, fill: float | None = None) -> Grid:
+    """Return a volume or mask on the larger grid `geometry.around(size)`; nothing is resampled.
+
+    The new voxels hold `fill`: without it 0 in masks and MR, air (-1000 HU) in CT. Raises `ValueError` when an axis of
+    `size` is smaller. `crop` takes it back exactly.
+    """
+    before = item.geometry.pad_before(size)
+    widths = [(b, new - old - b) for b, new, old in zip(before, size, item.geometry.size, strict=True)]
+    if any(new < old for new, old in zip(size, item.geometry.size, strict=True)):
+        raise ValueError(f"{size} is smaller than {item.geometry.size}")
+    if fill is None:
+        fill = AIR_HU if isinstance(item, Volume) and item.modality.startswith("ct") else 0
+    array = np.pad(item.array, widths, constant_values=fill)
+    return replace(item, array=array, geometry=item.geometry.around(size))
+
+
+def crop(item: Grid, geometry: Geometry) -> Grid:
+    """Return the part of `item`, made on `geometry.around(size)`, that lies on `geometry`: the inverse of `pad`."""
+    before = geometry.pad_before(item.geometry.size)
+    if not geometry.around(item.geometry.size).close_to(item.geometry):
+        raise ValueError(f"the grid {item.geometry} does not lie around {geometry}")
+    window = tuple(slice(b, b + n) for b, n in zip(before, geometry.size, strict=True))
+    return replace(item, array=np.ascontiguousarray(item.array[window]), geometry=geometry)
+
+
+def resample_labels(mask: Mask, size: Size) -> Mask:
+    """Return the mask on `size` voxels over the same field of view; each voxel takes the label at its centre."""
+    indices = [
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(int), old - 1)
+        for new, old in zip(size, mask.geometry.size, strict=True)
+    ]
+    return replace(mask, array=mask.array[np.ix_(*indices)], geometry=mask.geometry.resized(size))
+
+
+# --- describing ------------------------------------------------------------------------------------------------------
+
+
+def describe(path: str | Path, *, vocabulary: str = "maisi") -> dict[str, Any]:
+    """Return what a NIfTI file holds, for `maisi info`: grid, type, intensities or labels with names and volumes in ml.
+
+    A file counts as a label map when its header says so, or when it holds whole numbers in 0..255 and neighbouring
+    voxels are mostly equal. Names are those of `vocabulary`. Raises `UsageError` as `read_image` does.
+    """
+    path = Path(path)
+    image, geometry = _open(path)
+    header = image.header
+    with _reading(path):
+        array = np.asanyarray(image.dataobj)
+    text = header["descrip"].tobytes().split(b"\0")[0].decode("ascii", "replace").strip()
+    facts: dict[str, Any] = {
+        "schema": "maisi.info/1",
+        "path": str(path),
+        "size": list(geometry.size),
+        "spacing_mm": list(geometry.spacing),
+        "fov_mm": [round(value, 3) for value in geometry.fov_mm],
+        "orientation": geometry.axcodes,
+        "stored_size": [int(n) for n in image.shape],
+        "dtype": str(image.get_data_dtype()),
+        "units": header.get_xyzt_units()[0],
+        "affine": [[float(value) for value in row] for row in image.affine],
+        "qform_code": int(header["qform_code"]),
+        "sform_code": int(header["sform_code"]),
+        "description": text,
+        "synthetic": text.startswith("SYNTHETIC"),
+        "bytes": path.stat().st_size,
+    }
+    if _is_label_map(array, header.get_intent()[0]):
+        facts["kind"] = "label"
+        facts["labels"] = _labels(np.rint(array).astype(np.int64), geometry, vocabulary)
+        facts["body_envelope"] = any(row["id"] == 200 for row in facts["labels"])
+    else:
+        facts["kind"] = "image"
+        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        if array.dtype.kind in "iufb" and finite.size:
+            low, first, middle, last, high = (float(v) for v in np.percentile(finite, (0, 1, 50, 99, 100)))
+            facts["intensity"] = {"min": low, "p1": first, "median": middle, "p99": last, "max": high}
+            facts["not_finite"] = int(array.size - finite.size)
+    found = record_beside(path)
+    facts["record"] = str(found) if found else None
+    return facts
+
+
+def record_beside(path: Path) -> Path | None:
+    """Return the run record that lies beside a generated file: `{id}_record.json` for `{id}_image.nii.gz`."""
+    stem = path.name
+    for suffix in SUFFIXES:
+        stem = stem.removesuffix(suffix)
+    for kind in ("_image", "_label"):
+        stem = stem.removesuffix(kind)
+    for name in (f"{stem}_record.json", "record.json"):
+        if (path.parent / name).is_file():
+            return path.parent / name
+    return None
+
+
+def _is_label_map(array: NDArray[Any], intent: str) -> bool:
+    if array.dtype.kind not in "iufb":
+        return False
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 255) or (
+        array.dtype.kind == "f" and not np.array_equal(array, np.rint(array))
+    ):
+        return False
+    if intent == "label":
+        return True
+    here, after = array[:-1], array[1:]
+    inside = (here != 0) | (after != 0)
+    total = int(np.count_nonzero(inside))
+    return total == 0 or np.count_nonzero((here == after) & inside) > 0.5 * total
+
+
+def _labels(array: NDArray[np.int64], geometry: Geometry, vocabulary: str) -> list[dict[str, Any]]:
+    from .anatomy import maisi, remap_table
+
+    names = maisi().name_of if vocabulary == "maisi" else remap_table(vocabulary).names.get
+    voxel_ml = float(np.prod(geometry.spacing)) / 1000
+    counts = np.bincount(array.ravel(), minlength=1)
+    return [
+        {
+            "id": int(value),
+            "name": names(int(value)) or f"label {value}",
+            "voxels": int(counts[value]),
+            "ml": round(float(counts[value]) * voxel_ml, 3),
+        }
+        for value in np.flatnonzero(counts)
+        if value
+    ]
