@@ -1,0 +1,357 @@
+"""The models: networks, schedulers, limits, licences and weight files, each read from one TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, nearest, unknown
+from .geometry import Geometry, Size, format_triple
+
+KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
+PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
+MODES = ("paired", "image", "mask")
+LAYOUTS = ("safetensors", "state_dict", "unet", "controlnet", "mask_unet", "data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modality:
+    """An imaging modality: the class id that the diffusion model was trained with, and `ct` or `mr`."""
+
+    name: str
+    id: int
+    kind: str
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """One network: its `kind` names the MONAI class, `arguments` are that class's."""
+
+    name: str
+    kind: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """One file of a model. `part` is a network or `data`; pins are None where the publisher's are not known."""
+
+    part: str
+    path: str
+    layout: str = "safetensors"
+    repo: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    git_sha1: str | None = None
+    mib: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Licence:
+    """The licence of the weights."""
+
+    name: str
+    url: str = ""
+    commercial: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a model can make.
+
+    Either lists of sizes (`size_xy`, `size_z`, x equal to y when `square`), whole `sizes`, or any size that divides by
+    `multiple` between `size_min` and `size_max`. Spacings in mm; `fov_xy_min_mm` is refused below, `fov_xy_good_mm` is
+    the smallest field of view for the body (not the head) that the training data supports.
+    """
+
+    size_xy: tuple[int, ...] = ()
+    size_z: tuple[int, ...] = ()
+    square: bool = False
+    sizes: tuple[Size, ...] = ()
+    multiple: int = 16
+    size_min: int = 32
+    size_max: int = 1024
+    spacing_xy_mm: tuple[float, float] = (0.1, 10.0)
+    spacing_z_mm: tuple[float, float] = (0.1, 10.0)
+    fov_xy_min_mm: float = 0.0
+    fov_xy_good_mm: float = 0.0
+    pads: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Everything that is known about a model before a network is loaded."""
+
+    name: str
+    summary: str
+    modality: str
+    modalities: tuple[str, ...]
+    modes: tuple[str, ...]
+    networks: Mapping[str, NetworkSpec]
+    weights: tuple[WeightFile, ...]
+    scheduler: Mapping[str, Any]
+    mask_scheduler: Mapping[str, Any]
+    limits: Limits
+    defaults: Mapping[str, Any]
+    licence: Licence
+    path: Path
+    scale_factor: float | None = None
+    latent_factor: int = 4
+    latent_channels: int = 4
+    bundled: bool = False
+    max_volume: str = ""
+
+    @property
+    def body_region_inputs(self) -> bool:
+        """Whether the diffusion model is told which body regions are in view."""
+        return bool(self.networks["unet"].arguments.get("include_top_region_index_input"))
+
+    def weight_path(self, weight: WeightFile) -> Path:
+        """Return where a file lies: beside the model file for bundled and own models, else below `home()`."""
+        if weight.repo is None:
+            return self.path.parent / weight.path
+        return home() / "models" / self.name / weight.path
+
+    def parts_for(self, mode: str) -> tuple[str, ...]:
+        """Return the networks that a mode of `generate` loads when the mask needs none."""
+        return {"image": ("vae", "unet"), "paired": ("vae", "unet", "controlnet"), "mask": ()}[mode]
+
+    def installed(self, mode: str = "paired") -> bool:
+        """Say whether the weights that a mode needs are on this machine."""
+        files_of = {weight.part: weight for weight in self.weights}
+        return all(part in files_of and self.weight_path(files_of[part]).is_file() for part in self.parts_for(mode))
+
+    def valid_size(self, size: Size) -> bool:
+        """Say whether the networks can make this size exactly as it is."""
+        limits = self.limits
+        if limits.sizes:
+            return size in limits.sizes
+        if limits.size_xy:
+            return (size[0] in limits.size_xy and size[1] in limits.size_xy and size[2] in limits.size_z
+                    and (not limits.square or size[0] == size[1]))  # fmt: skip
+        return all(n % limits.multiple == 0 and limits.size_min <= n <= limits.size_max for n in size)
+
+    def nearest(self, geometry: Geometry, count: int = 2) -> list[Geometry]:
+        """Return the `count` valid sizes nearest to a geometry, at its field of view."""
+        return [geometry.resized(size) for size in sorted(self._sizes(geometry.size), key=lambda size: _distance(size, geometry.size))[:count]]
+
+    def _sizes(self, wanted: Size) -> list[Size]:
+        limits = self.limits
+        if limits.sizes:
+            return list(limits.sizes)
+        if limits.size_xy:
+            xy = [(a, b) for a in limits.size_xy for b in limits.size_xy if a == b or not limits.square]
+            return [(a, b, c) for a, b in xy for c in limits.size_z]
+        m, low, high = limits.multiple, limits.size_min, limits.size_max
+
+        def around(n: int) -> set[int]:
+            return {min(max(value, low), high) for value in (n // m * m, -(-n // m) * m)}
+
+        return [(a, b, c) for a in around(wanted[0]) for b in around(wanted[1]) for c in around(wanted[2])]
+
+    def scaled(self, geometry: Geometry) -> Geometry:
+        """Return a preset's volume scaled to what this model can make, at constant field of view."""
+        if self.valid_size(geometry.size):
+            return geometry
+        limits = self.limits
+        if not limits.sizes and not limits.size_xy:
+            x, y, z = (max(limits.size_min, min(limits.size_max, -(-n // limits.multiple) * limits.multiple)) for n in geometry.size)
+            return geometry.resized((x, y, z))
+        return self.nearest(geometry, 1)[0]
+
+    def check(
+        self, geometry: Geometry, *, modality: str, mode: str, head: bool = False, allow_ood: bool = False, own_mask: bool = False
+    ) -> list[str]:  # fmt: skip
+        """Refuse what the model cannot make, and return warnings about what `allow_ood` lets pass.
+
+        Raises `UsageError` naming the nearest valid size, the model that supports the modality, or the flag that allows
+        an out-of-distribution field of view. `own_mask` allows any size up to the limits, since it is padded inside.
+        """
+        self.check_mode(mode)
+        self.check_modality(modality)
+        limits, size = self.limits, geometry.size
+        fits = self.valid_size(size) or (own_mask and limits.pads and max(size) <= limits.size_max)
+        if not fits:
+            near = " or ".join(f"{format_triple(g.size)} (spacing {_mm(g.spacing)} mm)" for g in self.nearest(geometry))
+            raise UsageError(f"model {self.name} cannot make {format_triple(size)}", hint=f"the nearest sizes at this field of view are {near}")
+        problems: list[str] = []
+        for name, value, (low, high) in (("x", geometry.spacing[0], limits.spacing_xy_mm), ("y", geometry.spacing[1], limits.spacing_xy_mm),
+                                         ("z", geometry.spacing[2], limits.spacing_z_mm)):  # fmt: skip
+            if not low - 1e-6 <= value <= high + 1e-6:
+                problems.append(f"spacing {value:.4g} mm along {name} is outside {low:g}..{high:g} mm")
+        if limits.square and abs(geometry.spacing[0] - geometry.spacing[1]) > 1e-4 * geometry.spacing[0]:
+            problems.append(f"spacing x {geometry.spacing[0]:.4g} and y {geometry.spacing[1]:.4g} mm differ")
+        if problems:
+            raise UsageError(f"model {self.name}: {problems[0]}", hint="see  maisi recommend-spacing")
+        fov = min(geometry.fov_mm[:2])
+        if fov + 1e-6 < limits.fov_xy_min_mm:
+            problems.append(f"field of view {fov:.0f} mm across is below the {limits.fov_xy_min_mm:g} mm that {self.name} was trained on")
+        elif not head and fov + 1e-6 < limits.fov_xy_good_mm:
+            problems.append(f"field of view {fov:.0f} mm across is below the {limits.fov_xy_good_mm:g} mm of body scans in training")
+        if problems and not allow_ood:
+            need = limits.fov_xy_min_mm if head else max(limits.fov_xy_min_mm, limits.fov_xy_good_mm)
+            wider = max(need / size[0], need / size[1])
+            raise UsageError(problems[0], hint=f"use --spacing {wider:.4g}x{wider:.4g}x{geometry.spacing[2]:.4g} or larger, or --allow-ood")
+        return problems
+
+    def check_mode(self, mode: str) -> None:
+        """Refuse a mode that the model has no networks for."""
+        if mode not in MODES:
+            raise unknown("mode", mode, MODES, see="maisi generate --help")
+        if mode not in self.modes:
+            why = "it has no ControlNet, and no weights that pair MR images with masks were released" if self.modality != "ct" else "it has no ControlNet"
+            raise UsageError(f"model {self.name} makes {' and '.join(self.modes)} only: {why}", hint=f"use --mode {self.modes[0]}")
+
+    def check_modality(self, name: str) -> None:
+        """Refuse a modality that the weights never saw, naming a model that knows it."""
+        wanted = modality(name).name
+        if wanted not in self.modalities:
+            others = [spec.name for spec in models() if wanted in spec.modalities]
+            hint = f"use --model {others[0]}" if others else f"no model knows it; {self.name} knows {', '.join(self.modalities)}"
+            raise UsageError(f"the weights of {self.name} were not trained on {wanted}", hint=hint)
+
+
+def home() -> Path:
+    """Return the folder for installed weights: the environment variable `MAISI_HOME`, or this user's data folder."""
+    own = os.environ.get("MAISI_HOME")
+    if own:
+        return Path(own).expanduser()
+    from platformdirs import user_data_path
+
+    return user_data_path("maisi", appauthor=False)
+
+
+def _distance(a: Size, b: Size) -> float:
+    return sum(abs(x - y) / max(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _mm(values: Sequence[float]) -> str:
+    return "x".join(f"{value:.4g}" for value in values)
+
+
+@cache
+def modalities() -> tuple[Modality, ...]:
+    """Return every modality, those of plugins included, in order of id."""
+    from .plugins import plugins
+
+    data = tomllib.loads((files("maisi_cli") / "data" / "modalities.toml").read_text("utf-8"))
+    found = [Modality(**row) for row in data["modality"]]
+    for entry in plugins().registry("modalities"):
+        row = entry.target
+        if not isinstance(row, Mapping) or row.get("kind") not in ("ct", "mr") or not 0 <= int(row.get("id", -1)) < 128:
+            raise UsageError(f"modality {entry.name!r} of {entry.owner} needs an id in 0..127 and a kind, ct or mr",
+                             hint="correct the plugin")  # fmt: skip
+        taken = next((m for m in found if m.id == row["id"] or m.name == entry.name), None)
+        if taken:
+            raise UsageError(f"modality {entry.name!r} of {entry.owner} takes id {row['id']}, which is {taken.name}",
+                             hint="choose a free id")  # fmt: skip
+        found.append(Modality(name=entry.name, id=int(row["id"]), kind=row["kind"], summary=row.get("summary", entry.summary)))
+    return tuple(sorted(found, key=lambda m: m.id))
+
+
+def modality(name: str) -> Modality:
+    """Return a modality by name; `mr-t1`, `mri_t1` and `MR T1` are the same. Raises `UsageError` with near matches."""
+    wanted = _fold(name)
+    for each in modalities():
+        if _fold(each.name) == wanted:
+            return each
+    raise unknown("modality", name, [each.name for each in modalities()], see="maisi labels list --modalities")
+
+
+def _fold(name: str) -> str:
+    text = name.strip().casefold().replace("_", "-").replace(" ", "-")
+    return "mr" + text[3:] if text.startswith("mri") else text
+
+
+@cache
+def models() -> tuple[ModelSpec, ...]:
+    """Return every model that is registered, by name."""
+    from .plugins import plugins
+
+    return tuple(read_model(Path(str(entry.target))) for entry in plugins().registry("models"))
+
+
+def model(name: str) -> ModelSpec:
+    """Return a model by name, or from a `.toml` file of one's own. Raises `UsageError` with near matches."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"there is no model file {name}", hint="check the path; see  maisi models list")
+        return read_model(path)
+    from .plugins import plugins
+
+    return read_model(Path(str(plugins().registry("models").entry(name).target)))
+
+
+@cache
+def read_model(path: Path) -> ModelSpec:
+    """Read and check one model file. Raises `UsageError` that names the key."""
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", hint="correct the file") from error
+    if data.pop("schema", None) != "maisi.model/1":
+        raise UsageError(f"{path} is not a model file", hint='begin it with  schema = "maisi.model/1"')
+    networks = {}
+    for part, table in data.pop("networks", {}).items():
+        if part not in PARTS:
+            raise _unknown_key(path, f"networks.{part}", PARTS)
+        table = dict(table)
+        kind = table.pop("kind", None)
+        if kind not in KINDS:
+            raise UsageError(f"{path}: networks.{part}.kind is {kind!r}", hint=f"use {', '.join(KINDS)}")
+        networks[part] = NetworkSpec(name=part, kind=kind, arguments=table)
+    for needed in ("vae", "unet"):
+        if needed not in networks:
+            raise UsageError(f"{path} has no [networks.{needed}]", hint="a model needs a vae and a unet")
+    weights = tuple(_fields(WeightFile, row, path, "weights") for row in data.pop("weights", ()))
+    for weight in weights:
+        if weight.layout not in LAYOUTS:
+            raise UsageError(f"{path}: weights layout {weight.layout!r}", hint=f"use {', '.join(LAYOUTS)}")
+    limits = _fields(Limits, data.pop("limits", {}), path, "limits")
+    licence = _fields(Licence, data.pop("licence", {"name": "not stated"}), path, "licence")
+    main = data.get("modality", "ct")
+    has_control = "controlnet" in networks
+    data.setdefault("modalities", [main])
+    data.setdefault("modes", ["paired", "image"] if has_control else ["image"])
+    data.setdefault("scheduler", {"name": "rflow"})
+    data.setdefault("mask_scheduler", {})
+    data.setdefault("defaults", {})
+    data.setdefault("summary", "")
+    data.setdefault("name", path.stem)
+    data.setdefault("modality", main)
+    spec: ModelSpec = _fields(
+        ModelSpec, {**data, "networks": networks, "weights": weights, "limits": limits, "licence": licence, "path": path}, path, ""
+    )
+    for name in spec.modalities:
+        modality(name)
+    return spec
+
+
+def _fields(kind: Any, row: Mapping[str, Any], path: Path, where: str) -> Any:
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key in row:
+        if key not in known:
+            raise _unknown_key(path, f"{where}.{key}" if where else key, known)
+    values = {key: _frozen(value) for key, value in row.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UsageError(f"{path}: [{where or 'model'}] {error}", hint="see  maisi models show nano-ct") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
+
+
+def _unknown_key(path: Path, key: str, known: Any) -> UsageError:
+    close = nearest(key.split(".")[-1], list(known))
+    return UsageError(f"{path} has an unknown key {key}", hint=f"did you mean {close[0]!r}?" if close else "remove it")

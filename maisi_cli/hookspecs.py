@@ -1,0 +1,127 @@
+"""The hooks: what a plugin may add to `maisi`, and what it may listen to.
+
+A plugin is a module (or object) whose functions are marked with `hookimpl` and which a package declares under the
+entry-point group `maisi`. Everything that comes with `maisi` is registered through these same hooks, in `defaults.py`.
+
+The style is `register(name, "module:attribute")`: a name now, an import only when the thing is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .events import Event
+    from .volumes import Sample
+
+hookspec = pluggy.HookspecMarker("maisi")
+hookimpl = pluggy.HookimplMarker("maisi")
+
+
+class Register(Protocol):
+    """Adds one named thing; `summary` is the line that listings show."""
+
+    def __call__(self, name: str, target: Any, *, summary: str = "") -> None: ...
+
+
+@hookspec
+def register_models(register: Register) -> None:
+    """Add models: `register("my-ct", path_of_a_model_toml)`.
+
+    The file describes networks, scheduler, limits, licence and weight files; `maisi models show nano-ct` prints one.
+    """
+
+
+@hookspec
+def register_samplers(register: Register) -> None:
+    """Add samplers (schedulers): `register("heun", "maisi_solvers:heun", summary=...)`.
+
+    The target is a function `sampler(denoise, noise, schedule, *, on_step=None, generator=None) -> latent`; see
+    `maisi_cli.sampling.Sampler`. It is chosen with `--scheduler heun`.
+    """
+
+
+@hookspec
+def register_mask_sources(register: Register) -> None:
+    """Add sources of masks: `register("phantom", "maisi_cli.masks:phantom")`.
+
+    The target is a function `source(settings, geometry, seed) -> Mask`, chosen with `--mask-source`.
+    """
+
+
+@hookspec
+def register_labels(register: Register) -> None:
+    """Add labels to the vocabulary, or a remap table: `register("pancreatic cyst", {"id": 133, ...})`.
+
+    The target is a mapping. With `id` (133..199 or 201..255) it is a new label of the MAISI vocabulary; optional keys
+    are `group`, `color`, `side`, `host` (name of the organ it lies in) and `regions`. With `pairs` (source id to MAISI
+    id) it is a remap table for `--labels NAME`.
+    """
+
+
+@hookspec
+def register_modalities(register: Register) -> None:
+    """Add modalities: `register("mr-t1rho", {"id": 34, "kind": "mr", "summary": "T1 rho"})`.
+
+    The id (0..127) is the class that the diffusion model's embedding was trained with.
+    """
+
+
+@hookspec
+def register_checks(register: Register) -> None:
+    """Add quality checks: `register("hu-median", "maisi_cli.quality:hu_median")`.
+
+    The target is a function `check(image, mask, context) -> list[Finding]`; it runs in `generate` and in `qc`.
+    """
+
+
+@hookspec
+def register_features(register: Register) -> None:
+    """Add feature extractors: networks that measure images, such as the perceptual net of `train vae`.
+
+    The target is a function `build(*, device) -> torch.nn.Module`.
+    """
+
+
+@hookspec
+def register_formats(register: Register) -> None:
+    """Add output formats: `register("nifti", "maisi_cli.volumes:save_nifti")`, chosen with `--format`.
+
+    The target is a function `save(sample, folder, *, force) -> dict[str, Path]`.
+    """
+
+
+@hookspec
+def register_presets(register: Register) -> None:
+    """Add presets: `register("spine", path_of_a_preset_toml)`."""
+
+
+@hookspec
+def register_executors(register: Register) -> None:
+    """Add ways to run many samples: `register("local", "maisi_cli.synthesis:run_local")`.
+
+    The target is a function `run(jobs, make, on_event) -> Iterator[Sample]`.
+    """
+
+
+@hookspec
+def register_commands(register: Register) -> None:
+    """Add commands: `register("view", "my_package:view_command")`, a function with Typer's annotations."""
+
+
+@hookspec
+def on_event(event: Event) -> None:
+    """Listen to what the engine says: stages, steps, notes, saved files. Exceptions end the run."""
+
+
+@hookspec
+def finish_sample(sample: Sample, folder: Path) -> Mapping[str, Any] | None:
+    """Look at a finished sample before its files are written.
+
+    Return a mapping to add under `plugins` in the sample's record, or None.
+    """

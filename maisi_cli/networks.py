@@ -1,0 +1,295 @@
+"""The networks: built from their specification, loaded strictly, and turned into plain callables.
+
+The modules are MONAI's (`monai.apps.generation.maisi`, `monai.networks.nets`), with the released weights' names. `fast`
+replaces what only costs time: `MaisiGroupNorm3D` (a Python loop over groups) by `torch.nn.GroupNorm`, and splitting of
+convolutions into slabs by whole ones; both hold the same weights and give the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .catalog import ModelSpec, NetworkSpec
+from .errors import CannotRun, UsageError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+_CLASSES = {
+    "autoencoder_kl_maisi": ("monai.apps.generation.maisi.networks.autoencoderkl_maisi", "AutoencoderKlMaisi"),
+    "unet_maisi": ("monai.apps.generation.maisi.networks.diffusion_model_unet_maisi", "DiffusionModelUNetMaisi"),
+    "controlnet_maisi": ("monai.apps.generation.maisi.networks.controlnet_maisi", "ControlNetMaisi"),
+    "unet": ("monai.networks.nets.diffusion_model_unet", "DiffusionModelUNet"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """How numbers are held: weights are kept in float32; `compute` is the dtype that autocast computes in, if any."""
+
+    name: str
+    compute: torch.dtype | None
+
+    @classmethod
+    def named(cls, name: str, device: torch.device) -> Precision:
+        """Return `fp32`, `bf16`, `fp16`, or for `auto` what suits the device: fp16 on CUDA, fp32 on a CPU."""
+        if name == "auto":
+            name = "fp16" if device.type == "cuda" else "fp32"
+        known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+        if name not in known:
+            raise UsageError(f"there is no precision {name!r}", hint="use --dtype auto, fp32, bf16 or fp16")
+        return cls(name=name, compute=known[name])
+
+    @contextlib.contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        """Compute in this precision inside the block."""
+        if self.compute is None:
+            yield
+        else:
+            with torch.autocast(device.type, dtype=self.compute):
+                yield
+
+
+def device_named(name: str) -> torch.device:
+    """Return the torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`. Raises `CannotRun` when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {name!r}", hint="use --device auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CannotRun("this machine has no CUDA device that torch can use", hint="use --device cpu, or see  maisi doctor")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise CannotRun("this machine has no MPS device", hint="use --device cpu")
+    return device
+
+
+def build(spec: NetworkSpec, *, fast: bool = True) -> nn.Module:
+    """Build one network from its specification, in float32 with random weights.
+
+    Flags that a machine without CUDA cannot construct (`use_flash_attention`) or that fail outside float16 autocast
+    (`norm_float16`) are dropped: neither touches a weight. With `fast=False` MONAI's modules stay as they come.
+    Raises `UsageError` when the arguments do not fit the class.
+    """
+    from importlib import import_module
+
+    if spec.kind not in _CLASSES:
+        raise UsageError(f"there is no network kind {spec.kind!r}", hint=f"use {', '.join(_CLASSES)}")
+    module, name = _CLASSES[spec.kind]
+    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.arguments.items()}
+    flash = bool(arguments.get("use_flash_attention", False))
+    if "use_flash_attention" in arguments:
+        arguments["use_flash_attention"] = False
+    if spec.kind == "autoencoder_kl_maisi":
+        arguments["norm_float16"] = False
+        if fast:
+            arguments["num_splits"] = 1
+            arguments["save_mem"] = False
+    try:
+        network: nn.Module = getattr(import_module(module), name)(**arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(f"the network {spec.name} cannot be built: {error}", hint="check its arguments in the model file") from error
+    if fast:
+        _use_native_group_norm(network)
+    if fast or flash:
+        _use_fused_attention(network)
+    return network
+
+
+def _use_native_group_norm(network: nn.Module) -> None:
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiGroupNorm3D
+
+    for parent in network.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MaisiGroupNorm3D):
+                native = nn.GroupNorm(child.num_groups, child.num_channels, eps=child.eps, affine=child.affine)
+                native.load_state_dict(child.state_dict())
+                setattr(parent, name, native)
+
+
+def _use_fused_attention(network: nn.Module) -> None:
+    """Let MONAI's attention blocks call `scaled_dot_product_attention`, which runs on every device."""
+    for part in network.modules():
+        if hasattr(part, "use_flash_attention") and not getattr(part, "save_attn", False):
+            part.use_flash_attention = True
+
+
+def binarise(labels: Tensor, *, dtype: torch.dtype = torch.float32, channels: int = 8) -> Tensor:
+    """Return the bits of the labels, least significant first: (B, 1, X, Y, Z) uint8 to (B, channels, X, Y, Z)."""
+    if labels.dtype != torch.uint8:
+        labels = labels.to(torch.uint8)
+    bits = torch.empty((labels.shape[0], channels, *labels.shape[2:]), dtype=dtype, device=labels.device)
+    for bit in range(channels):  # channel by channel: no eightfold copy of a wider type
+        bits[:, bit] = (labels[:, 0] >> bit) & 1
+    return bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """What a sample is conditioned on.
+
+    `spacing_mm` of the volume; `modality` id (class embedding); `top_region`, `bottom_region` indices for networks that
+    take them; `labels` (1, 1, X, Y, Z) uint8 for the ControlNet, `labels_without_tumor` for tumour guidance. A guidance
+    scale of 0 skips the unconditional branch.
+    """
+
+    spacing_mm: tuple[float, float, float]
+    modality: int = 1
+    top_region: int | None = None
+    bottom_region: int | None = None
+    labels: Tensor | None = None
+    labels_without_tumor: Tensor | None = None
+    cfg_modality: float = 0.0
+    cfg_tumor: float = 0.0
+    compat: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Networks:
+    """The loaded networks of a model, by part, on one device and in one precision."""
+
+    spec: ModelSpec
+    parts: dict[str, nn.Module]
+    scale_factor: float
+    device: torch.device
+    precision: Precision
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    def denoiser(self, condition: Condition) -> Denoise:
+        """Return `denoise(x, t)`: (B, 4, x, y, z) latent and scalar time in [0, 1000] to the network's prediction.
+
+        Everything that does not change over the steps is computed here, once. With guidance s the prediction is
+        u + s (c - u), as in classifier-free guidance (Ho and Salimans 2022, eq. 6, with s = 1 + w).
+        """
+        for name, scale in (("cfg_modality", condition.cfg_modality), ("cfg_tumor", condition.cfg_tumor)):
+            if scale < 0:
+                raise UsageError(f"{name} is {scale:g}", hint="a guidance scale is 0 (off) or larger")
+        if condition.cfg_modality and condition.cfg_tumor and not condition.compat:
+            raise UsageError("cfg_modality and cfg_tumor are both on", hint="use one guidance at a time")
+        conditional = self._branch(condition, condition.modality, condition.labels)
+        scale = condition.cfg_modality or condition.cfg_tumor
+        if not scale or scale == 1:
+            return conditional
+        modality = 0 if condition.cfg_modality or condition.compat else condition.modality
+        labels = condition.labels_without_tumor if condition.cfg_tumor else condition.labels
+        unconditional = self._branch(condition, modality, labels)
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            with_condition = conditional(x, t)
+            without = unconditional(x, t)
+            return without + scale * (with_condition - without)
+
+        return guided
+
+    def _branch(self, condition: Condition, modality: int, labels: Tensor | None) -> Denoise:
+        unet, controlnet = self.parts["unet"], self.parts.get("controlnet")
+        device = self.device
+        arguments = self.spec.networks["unet"].arguments
+        extra: dict[str, Tensor] = {}
+        if arguments.get("include_spacing_input"):
+            extra["spacing_tensor"] = torch.tensor([condition.spacing_mm], device=device) * 100
+        for side in ("top", "bottom"):
+            if arguments.get(f"include_{side}_region_index_input"):
+                index = condition.top_region if side == "top" else condition.bottom_region
+                if index is None:
+                    raise UsageError(f"model {self.spec.name} needs a body region", hint="choose a --preset that has one")
+                one_hot = torch.zeros(1, 4, device=device)
+                one_hot[0, index] = 100
+                extra[f"{side}_region_index_tensor"] = one_hot
+        if arguments.get("num_class_embeds"):
+            extra["class_labels"] = torch.full((1,), modality, dtype=torch.long, device=device)
+        context: Tensor | None = None
+        if labels is not None:
+            if controlnet is None:
+                raise UsageError(f"model {self.spec.name} has no ControlNet", hint="use --mode image")
+            with torch.inference_mode(), self.precision(device):
+                context = controlnet.controlnet_cond_embedding(binarise(labels.to(device)))  # type: ignore[operator]
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            time = t.to(device=device, dtype=torch.float32).reshape(1).expand(x.shape[0])
+            with torch.inference_mode(), self.precision(device):
+                inputs = {"x": x, "timesteps": time, **extra}
+                if context is not None:
+                    assert controlnet is not None
+                    names = {"class_labels": extra["class_labels"]} if "class_labels" in extra else {}
+                    with _embedding(controlnet, context):
+                        down, middle = controlnet(x=x, timesteps=time, controlnet_cond=context, **names)
+                    inputs["down_block_additional_residuals"] = down
+                    inputs["mid_block_additional_residual"] = middle
+                return unet(**inputs).float()
+
+        return denoise
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Encode (B, 1, X, Y, Z) intensities in [0, 1] to the mean latent, times the scale factor."""
+        with torch.inference_mode(), self.precision(self.device):
+            mean, _ = self.parts["vae"].encode(image.to(self.device))  # type: ignore[operator]
+        return mean.float() * self.scale_factor
+
+
+@contextlib.contextmanager
+def _embedding(controlnet: nn.Module, context: Tensor) -> Iterator[None]:
+    """Let the ControlNet take an embedded condition as it is, inside the block."""
+    original = controlnet.controlnet_cond_embedding
+    controlnet._modules["controlnet_cond_embedding"] = nn.Identity()
+    try:
+        yield
+    finally:
+        controlnet._modules["controlnet_cond_embedding"] = original  # type: ignore[assignment]
+
+
+def load(
+    model: ModelSpec, parts: Collection[str], *, device: torch.device, precision: Precision,
+    files: Mapping[str, Path], fast: bool = True,
+) -> Networks:  # fmt: skip
+    """Build and strictly load the named parts (`vae`, `unet`, `controlnet`, ...) from `files`, ready for inference.
+
+    Raises `CannotRun` for missing files and `UsageError` listing keys that are missing or not expected.
+    """
+    from .weights import load_state
+
+    modules: dict[str, nn.Module] = {}
+    hashes: dict[str, str] = {}
+    scale = model.scale_factor
+    layouts = {weight.part: weight.layout for weight in model.weights}
+    for part in parts:
+        if part not in model.networks:
+            raise UsageError(f"model {model.name} has no {part}", hint=f"see  maisi models show {model.name}")
+        network = build(model.networks[part], fast=fast)
+        state = load_state(files[part], layouts.get(part, "safetensors"))
+        _fill(network, state.tensors, files[part])
+        hashes[part] = state.sha256
+        if part == "unet" and state.scale_factor is not None:
+            scale = state.scale_factor
+        network.requires_grad_(False)
+        modules[part] = network.to(device).eval()
+    if scale is None:
+        raise UsageError(f"model {model.name} has no scale factor", hint="add scale_factor to its file or to the unet weights")
+    return Networks(spec=model, parts=modules, scale_factor=float(scale), device=device, precision=precision, hashes=hashes)
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    missing, unexpected = network.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False)
+    unused = [key for key in unexpected if ".attn.out_proj." in key and not hasattr(_owner(network, key), "out_proj")]
+    unexpected = [key for key in unexpected if key not in unused]
+    if missing or unexpected:
+        first: list[Any] = [*(f"missing {key}" for key in missing[:2]), *(f"unexpected {key}" for key in unexpected[:2])]
+        raise UsageError(
+            f"{path} does not fit its network: {len(missing)} keys missing, {len(unexpected)} unexpected ({', '.join(first)})",
+            hint="check that file and model belong together",
+        )
+
+
+def _owner(network: nn.Module, key: str) -> Any:
+    """Return the attention block that a key such as `...attn.out_proj.weight` belongs to."""
+    found: Any = network
+    for name in key.split(".")[:-2]:
+        found = getattr(found, name, None)
+    return found
