@@ -1,26 +1,27 @@
 """Volumes and masks: arrays with their geometry, and NIfTI in and out.
 
-In memory an array is always in RAS+ order (axis 0 to the patient's right, 1 anterior, 2 superior). A file is written
-back in the orientation and on the affine that its geometry remembers, so a result lies on the grid it was made for.
+In memory an array is always in RAS+ order (axis 0 to the patient's right, 1 anterior, 2 superior). A file is
+written back in the orientation and on the affine that its geometry remembers, so a result lies on the grid it
+was made for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import os
-import tempfile
+import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CannotRun, UsageError
+from .errors import UsageError
 from .events import Note, OnEvent, ignore
+from .files import refuse_overwriting, write_atomic
 from .geometry import Affine, Geometry, Size, format_triple
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
-    """An image: `array` of shape (X, Y, Z) in RAS+ order, float32 or int16, HU for CT, of modality `modality`."""
+    """An image: `array` of shape (X, Y, Z) in RAS+ order, float32 or int16, in HU for CT."""
 
     array: NDArray[Any]
     geometry: Geometry
@@ -95,14 +96,14 @@ def _check_shape(array: NDArray[Any], geometry: Geometry) -> None:
         raise ValueError(f"an array of shape {array.shape} does not fit a geometry of size {geometry.size}")
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def read_image(path: str | Path, *, modality: str = "ct") -> Volume:
     """Read a 3D NIfTI image of any real type as float32, with the slope and intercept of its header applied.
 
-    Raises `UsageError`, with the fix, for a file that is missing, damaged, not 3D, without a usable affine, of complex
-    or colour values, or with values that are not finite.
+    Raises `UsageError`, with the fix, for a file that is missing, damaged, not 3D, without a usable affine,
+    of complex or colour values, or with values that are not finite.
     """
     path = Path(path)
     image, geometry = _open(path)
@@ -126,8 +127,8 @@ def read_image(path: str | Path, *, modality: str = "ct") -> Volume:
 def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent = ignore) -> Mask:
     """Read a 3D NIfTI label map as uint8; whole numbers stored as floats are accepted and noted.
 
-    Raises `UsageError`, with the fix, for what `read_image` refuses, for fractions and for ids outside 0..255, which
-    would be taken for other labels (the networks know a label by its eight bits).
+    Raises `UsageError`, with the fix, for what `read_image` refuses, for fractions and for ids outside
+    0..255, which would be taken for other labels (the networks know a label by its eight bits).
     """
     path = Path(path)
     image, geometry = _open(path)
@@ -144,8 +145,8 @@ def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent 
         if apart.any():
             example = float(array[apart][0])
             raise UsageError(
-                f"{path} holds {example:.6g} and {int(apart.sum()) - 1} more values that are not whole numbers,"
-                " so it is not a label map",
+                f"{path} holds {example:.6g} and {int(apart.sum()) - 1} more values that are not whole:"
+                " it is not a label map",
                 hint="resample labels with nearest neighbour and save them as uint8",
             )
         array = whole
@@ -262,7 +263,7 @@ def _to_ras(array: NDArray[Any], axcodes: str) -> NDArray[Any]:
     return np.ascontiguousarray(orientations.apply_orientation(array, turn))
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def write_image(
@@ -279,9 +280,10 @@ def write_image(
 def write_mask(mask: Mask, path: str | Path, *, force: bool = False, description: str | None = None) -> Path:
     """Write a label map as uint8, in the orientation and on the affine of its geometry; return the path.
 
-    The header says mm, one affine in qform and sform, and `SYNTHETIC maisi VERSION` unless `description` (at most 79
-    ASCII characters) is given. Equal content gives equal bytes. The file appears under its name only when it is
-    complete. Raises `UsageError` when it exists and `force` is not set, `CannotRun` when it cannot be written.
+    The header says mm, one affine in qform and sform, and `SYNTHETIC maisi VERSION` unless `description` (at
+    most 79 ASCII characters) is given. Equal content gives equal bytes. The file appears under its name only
+    when it is complete. Raises `UsageError` when it exists and `force` is not set, `CannotRun` when it cannot
+    be written.
     """
     return _write(mask.array, mask.geometry, Path(path), force=force, description=description, intent="label")
 
@@ -329,9 +331,9 @@ def _write(
             with gzip.GzipFile(
                 filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0
             ) as packed:
-                image.to_stream(packed)
+                image.to_stream(cast(io.IOBase, packed))
         else:
-            image.to_stream(file)
+            image.to_stream(cast(io.IOBase, file))
 
     write_atomic(path, fill)
     return path
@@ -344,58 +346,14 @@ def synthetic_description() -> str:
     return f"SYNTHETIC maisi {__version__}"
 
 
-def refuse_overwriting(path: Path, *, force: bool) -> None:
-    """Raise `UsageError` when `path` exists and `force` is not set."""
-    if path.exists() and not force:
-        raise UsageError(f"{path} already exists", hint="add --force to replace it, or choose another --out")
-
-
-def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
-    """Write a file so that it appears complete or not at all, whatever interrupts it.
-
-    `content` is the bytes, or a function that writes them to an open file. Raises `CannotRun` for a full or read-only
-    disk.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise CannotRun(
-            f"cannot write to {path.parent}: {error.strerror}", hint="choose another --out"
-        ) from error
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-        part.chmod(0o666 & ~_umask())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise CannotRun(
-            f"cannot write {path}: {error.strerror}", hint="free disk space or choose another --out"
-        ) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-# --- fitting a grid --------------------------------------------------------------------------------------------------
+# --- fitting a grid -----------------------------------------------------------------------------------------
 
 
 def pad(item: Grid, size: Size, *, fill: float | None = None) -> Grid:
     """Return a volume or mask on the larger grid `geometry.around(size)`; nothing is resampled.
 
-    The new voxels hold `fill`: without it 0 in masks and MR, air (-1000 HU) in CT. Raises `ValueError` when an axis of
-    `size` is smaller. `crop` takes it back exactly.
+    The new voxels hold `fill`: without it 0 in masks and MR, air (-1000 HU) in CT. Raises `ValueError` when
+    an axis of `size` is smaller. `crop` takes it back exactly.
     """
     before = item.geometry.pad_before(size)
     widths = [(b, new - old - b) for b, new, old in zip(before, size, item.geometry.size, strict=True)]
@@ -408,7 +366,7 @@ def pad(item: Grid, size: Size, *, fill: float | None = None) -> Grid:
 
 
 def crop(item: Grid, geometry: Geometry) -> Grid:
-    """Return the part of `item`, made on `geometry.around(size)`, that lies on `geometry`: the inverse of `pad`."""
+    """Return the part of `item`, made on `geometry.around(size)`, that lies on `geometry`: the way back."""
     before = geometry.pad_before(item.geometry.size)
     if not geometry.around(item.geometry.size).close_to(item.geometry):
         raise ValueError(f"the grid {item.geometry} does not lie around {geometry}")
@@ -417,7 +375,7 @@ def crop(item: Grid, geometry: Geometry) -> Grid:
 
 
 def resample_labels(mask: Mask, size: Size) -> Mask:
-    """Return the mask on `size` voxels over the same field of view; each voxel takes the label at its centre."""
+    """Return the mask on `size` voxels over the same field of view, each with the label at its centre."""
     indices = [
         np.minimum(((np.arange(new) + 0.5) * old / new).astype(int), old - 1)
         for new, old in zip(size, mask.geometry.size, strict=True)
@@ -425,14 +383,15 @@ def resample_labels(mask: Mask, size: Size) -> Mask:
     return replace(mask, array=mask.array[np.ix_(*indices)], geometry=mask.geometry.resized(size))
 
 
-# --- describing ------------------------------------------------------------------------------------------------------
+# --- describing ---------------------------------------------------------------------------------------------
 
 
 def describe(path: str | Path, *, vocabulary: str = "maisi") -> dict[str, Any]:
-    """Return what a NIfTI file holds, for `maisi info`: grid, type, intensities or labels with names and volumes in ml.
+    """Return what a NIfTI file holds: grid, type, intensities or labels with names and volumes in ml.
 
-    A file counts as a label map when its header says so, or when it holds whole numbers in 0..255 and neighbouring
-    voxels are mostly equal. Names are those of `vocabulary`. Raises `UsageError` as `read_image` does.
+    A file counts as a label map when its header says so, or when it holds whole numbers in 0..255 and
+    neighbouring voxels are mostly equal. Names are those of `vocabulary`. Raises `UsageError` as `read_image`
+    does.
     """
     path = Path(path)
     image, geometry = _open(path)
@@ -499,7 +458,7 @@ def _is_label_map(array: NDArray[Any], intent: str) -> bool:
     here, after = array[:-1], array[1:]
     inside = (here != 0) | (after != 0)
     total = int(np.count_nonzero(inside))
-    return total == 0 or np.count_nonzero((here == after) & inside) > 0.5 * total
+    return total == 0 or bool(np.count_nonzero((here == after) & inside) > 0.5 * total)
 
 
 def _labels(array: NDArray[np.int64], geometry: Geometry, vocabulary: str) -> list[dict[str, Any]]:

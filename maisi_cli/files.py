@@ -1,0 +1,55 @@
+"""Writing files so that they are complete or absent, and never over a file of the user's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from .errors import CannotRun, UsageError
+
+
+def refuse_overwriting(path: Path, *, force: bool) -> None:
+    """Raise `UsageError` when `path` exists and `force` is not set."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} already exists", hint="add --force to replace it, or choose another --out")
+
+
+def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
+    """Write a file so that it appears complete or not at all, whatever interrupts it.
+
+    `content` is the bytes, or a function that writes them to an open file. Missing folders are made. Raises
+    `CannotRun` for a disk that is full or read-only.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise CannotRun(
+            f"cannot write to {path.parent}: {error.strerror}", hint="choose another --out"
+        ) from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CannotRun(
+            f"cannot write {path}: {error.strerror}", hint="free disk space or choose another --out"
+        ) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
