@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..errors import UsageError
 from ..geometry import Geometry
 from ..volumes import Mask
@@ -26,13 +24,15 @@ def body(
     """Paint one person: a uint8 label volume in the MAISI vocabulary, 200 for body without a label, 0 outside.
 
     The centre of `geometry` lies at the middle of `regions` (head, chest, abdomen, lower); its size and spacing decide
-    what is visible. The same seed and geometry give the same bytes. Raises `UsageError` for an unknown region.
+    what is visible. A seed is one person: another grid shows the same body. Equal arguments give equal bytes. Raises
+    `UsageError` for an unknown region or sex.
     """
     for region in regions:
         if region not in REGION_Z:
             raise UsageError(f"the phantom has no region {region!r}", hint=f"use {', '.join(REGION_Z)}")
-    rng = np.random.default_rng([0x6D61697369, seed])
-    canvas = Canvas(geometry, rng, Habitus.draw(rng, sex), regions or ("chest", "abdomen"))
+    if sex not in (None, "male", "female"):
+        raise UsageError(f"the phantom has no sex {sex!r}", hint="use male or female, or leave it out")
+    canvas = Canvas(geometry, seed, Habitus.draw(seed, sex), regions or ("chest", "abdomen"))
     wall = skeleton.Wall(canvas)
     skeleton.outline(canvas, wall)
     skeleton.bones(canvas, wall)

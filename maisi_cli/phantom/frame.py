@@ -19,6 +19,8 @@ from ..geometry import Geometry
 Array = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
 
+_PERSON, _POSE, _FIELD, _ORGANS = range(0x6D610, 0x6D614)  # what a random stream is for
+
 # vertebrae from the sacrum upward: name, z of the centre of the vertebral body
 LEVELS: tuple[tuple[str, float], ...] = (
     ("vertebrae S1", -14.0), ("vertebrae L5", 17.0), ("vertebrae L4", 51.0), ("vertebrae L3", 85.0),
@@ -63,10 +65,12 @@ class Habitus:
     sex: str
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, sex: str | None = None) -> Habitus:
+    def draw(cls, seed: int, sex: str | None = None) -> Habitus:
         """Draw a person: thin to obese, small to tall."""
+        rng = np.random.default_rng([_PERSON, seed])
         girth = float(np.clip(rng.beta(2.0, 2.6), 0.03, 0.97))
-        who = sex or ("male" if rng.random() < 0.5 else "female")
+        drawn = "male" if rng.random() < 0.5 else "female"
+        who = sex or drawn
         return cls(
             stature=float(np.clip(rng.normal(1.0 if who == "male" else 0.95, 0.04), 0.86, 1.12)),
             width=float(0.90 + 0.24 * girth + rng.normal(0, 0.02)),
@@ -98,7 +102,7 @@ def _spline_axis(field: Array, at: Array, axis: int) -> Array:
     shape[axis] = len(at)
     total: Array | None = None
     for offset, weight in zip((-1, 0, 1, 2), weights, strict=True):
-        part = np.take(field, np.clip(start + offset, 0, field.shape[axis] - 1), axis=axis) * weight.reshape(shape)
+        part = np.take(field, start + offset, axis=axis, mode="wrap") * weight.reshape(shape)
         total = part if total is None else total + part
     assert total is not None
     return total.astype(np.float32, copy=False)
@@ -111,47 +115,53 @@ class Canvas:
     covers a structure that is already there: what is painted first has priority.
     """
 
-    def __init__(self, geometry: Geometry, rng: np.random.Generator, habitus: Habitus, regions: Sequence[str]) -> None:
-        self.geometry = geometry
-        self.habitus = habitus
+    def __init__(self, geometry: Geometry, seed: int, habitus: Habitus, regions: Sequence[str]) -> None:
+        rng = np.random.default_rng([_POSE, seed])
+        self.geometry, self.seed, self.habitus = geometry, seed, habitus
         self.labels = np.zeros(geometry.size, dtype=np.uint8)
         lows, highs = zip(*(REGION_Z[region] for region in regions), strict=True)
         middle = (min(lows) + max(highs)) / 2 * habitus.stature + rng.uniform(-12, 12)
         centre = (rng.uniform(-8, 8), 14 * habitus.depth + rng.uniform(-8, 8), middle)
-        axes = [
+        self.axes = [
             (np.arange(n, dtype=np.float32) - (n - 1) / 2) * mm + at
             for n, mm, at in zip(geometry.size, geometry.spacing, centre, strict=True)
         ]
-        x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
+        x, y, z = np.meshgrid(*self.axes, indexing="ij", sparse=True)
         turn, tilt, lean = rng.normal(0, (0.03, 0.015, 0.02))
+        scoliosis = np.float32(rng.normal(0, 3))
         z_away = z - middle
         scale = 1 / np.float32(habitus.stature)
         grown_x, grown_y = 1 / np.float32(habitus.width), 1 / np.float32(habitus.depth)
-        warp = [self._warp(rng, geometry) for _ in range(3)]
+        warp = [4.0 * self.field(2 * i, 95) + 1.5 * self.field(2 * i + 1, 38) for i in range(3)]
         self.x = ((x - turn * y + lean * z_away) * grown_x + warp[0]).astype(np.float32)
         self.y = ((y + turn * x + tilt * z_away) * grown_y + warp[1]).astype(np.float32)
         self.z = ((z - tilt * y - lean * x) * scale + warp[2]).astype(np.float32)
-        self.x += np.float32(rng.normal(0, 3)) * np.sin((self.z - 150) / 190)  # a trace of scoliosis
+        self.x += scoliosis * np.sin((self.z - 150) / 190)
         self._ranges = [
-            [(a.min(axis=tuple(j for j in range(3) if j != i)), a.max(axis=tuple(j for j in range(3) if j != i)))
-             for i in range(3)]
-            for a in (self.x, self.y, self.z)
-        ]  # fmt: skip
-        self.rng = rng
-        self.grain = [smooth_noise(rng, geometry.size, [26 / mm for mm in geometry.spacing]) for _ in range(2)]
+            tuple(
+                reduce(coordinate, axis=tuple(other for other in range(3) if other != axis))
+                for reduce in (np.min, np.max)
+            )
+            for axis, coordinate in enumerate((self.x, self.y, self.z))
+        ]
+        self.grain = [self.field(6 + i, 26) for i in range(2)]
 
-    @staticmethod
-    def _warp(rng: np.random.Generator, geometry: Geometry) -> Array:
-        wide = smooth_noise(rng, geometry.size, [95 / mm for mm in geometry.spacing])
-        fine = smooth_noise(rng, geometry.size, [38 / mm for mm in geometry.spacing])
-        return 4.0 * wide + 1.5 * fine
+    def field(self, key: int, cell_mm: float, box: Box | None = None) -> Array:
+        """Return a smooth random field of about unit variance that is fixed in the body: it is the same on every grid.
+
+        `key` tells the fields of one person apart, `cell_mm` is the grain.
+        """
+        values = np.random.default_rng([_FIELD, self.seed, key]).standard_normal((40, 40, 40)).astype(np.float32)
+        for axis, at in enumerate(self.axes):
+            values = _spline_axis(values, (at if box is None else at[box[axis]]) / np.float32(cell_mm), axis)
+        return values * np.float32(1.65)
 
     def box(self, low: Sequence[float], high: Sequence[float]) -> Box | None:
         """Return the slices that hold every voxel between two corners (mm, body frame), or None when none does."""
         slices = []
         for axis in range(3):
             keep = np.ones(self.geometry.size[axis], dtype=bool)
-            lower, upper = self._ranges[axis][axis]
+            lower, upper = self._ranges[axis]
             keep &= (upper >= low[axis]) & (lower <= high[axis])
             index = np.flatnonzero(keep)
             if index.size == 0:

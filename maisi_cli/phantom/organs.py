@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .frame import Array, Canvas, keep_largest, profile, smooth_noise, spine_y
+from .frame import _ORGANS, Array, Canvas, keep_largest, profile, spine_y
 from .skeleton import Wall
 
 
@@ -13,12 +13,12 @@ def paint(canvas: Canvas, wall: Wall) -> None:
     from ..anatomy import maisi
 
     ids = maisi().id
-    rng = canvas.rng
+    rng = np.random.default_rng([_ORGANS, canvas.seed])
     inside = (-wall.shell - 5.5).astype(np.float32)  # > 0 inside the ribs and the abdominal muscles
     dome = diaphragm(canvas, wall, rng)
     above = np.minimum(inside, canvas.z - dome).astype(np.float32)
     below = np.minimum(inside, dome - 4 - canvas.z).astype(np.float32)
-    _vessels(canvas, ids)
+    _vessels(canvas, ids, rng)
     _thorax(canvas, wall, above, ids, rng)
     _retroperitoneum(canvas, below, ids, rng)
     _upper_abdomen(canvas, below, inside, ids, rng)
@@ -41,13 +41,13 @@ def diaphragm(canvas: Canvas, wall: Wall, rng: np.random.Generator) -> Array:
     return np.asarray(top - fall, dtype=np.float32)
 
 
-def _vessels(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
+def _vessels(canvas: Canvas, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
     bend = canvas.habitus.bend
 
     def before(z: float, gap: float) -> float:
         return float(spine_y(z, bend)) + gap
 
-    wide = 1 + 0.1 * canvas.rng.normal()
+    wide = 1 + 0.1 * rng.normal()
     aorta = [(4, 36, 312), (14, 42, 340), (10, 34, 374), (-6, 14, 388), (-20, -14, 376), (-26, -20, 345)]
     aorta += [(-24, before(z, 26), z) for z in (300.0, 260.0, 220.0)] + [(-16, before(z, 29), z) for z in (180.0, 140.0)]
     aorta += [(-12, before(z, 29), z) for z in (100.0, 60.0, 40.0)]
@@ -74,12 +74,6 @@ def _vessels(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
 def _thorax(canvas: Canvas, wall: Wall, above: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
     carina = 350 + rng.normal(0, 4)
     canvas.tube(ids("trachea"), [(0, 14, 520), (0, 10, 470), (1, 2, 420), (2, -6, 380), (2, -8, carina)], 8.2)
-    airway = ids("airway")
-    for side in (-1, 1):
-        root = (side * 34, -8, carina - (34 if side < 0 else 24))
-        canvas.tube(airway, [(2, -8, carina + 2), (side * 16, -9, carina - 12), root], [8, 7, 6], over=(200, 0))
-        for tip in ((58, 14, 26), (66, -22, -18), (52, -34, -58), (62, 26, -46)):
-            canvas.tube(airway, [root, (side * tip[0], tip[1], carina - 24 + tip[2])], [4.6, 2.8], over=(200, 0))
     gullet = [(-4, float(spine_y(z)) + 22, z) for z in (480.0, 430.0, 380.0)]
     gullet += [(-6, float(spine_y(z)) + 30, z) for z in (340.0, 300.0)] + [(-12, 0, 262), (-20, 16, 240), (-30, 24, 226)]
     canvas.tube(ids("esophagus"), gullet, 7.5, squash=(1.2, 0.9, 1))
@@ -89,22 +83,34 @@ def _thorax(canvas: Canvas, wall: Wall, above: Array, ids, rng: np.random.Genera
     heart = ids("heart")
     veins = ids("pulmonary vein")
     for side in (-1, 1):
-        canvas.tube(veins, [(-6, 8, 306), (side * 30, 2, 308), (side * 56, -6, 316)], [9, 6.5, 4.5])
-        canvas.tube(veins, [(-6, 8, 300), (side * 30, -4, 294), (side * 52, -16, 284)], [9, 6.5, 4.5])
+        canvas.tube(veins, [(side * 10, 8, 304), (side * 28, 4, 312), (side * 50, 4, 336)], [8, 6, 4])
+        canvas.tube(veins, [(side * 10, 6, 298), (side * 28, -4, 294), (side * 48, -18, 272)], [8, 6, 4])
     canvas.ellipsoid(ids("left atrial appendage"), (-44, 40, 322), (10, 15, 10))
     canvas.ellipsoid(heart, (x, y, z), (58 * size, 42 * size, 46 * size), rough=0.025, power=2.2, turn_deg=(24, 22, -34))
     canvas.ellipsoid(heart, (12, 34, 296), (34, 34, 34), rough=0.02)
-    canvas.tube(heart, [(-14, 52, 318), (-12, 40, 344)], [15, 13])
+    canvas.tube(heart, [(-14, 52, 318), (-14, 38, 336), (-10, 18, 340)], [15, 13, 11])  # the pulmonary trunk
+    canvas.tube(heart, [(-12, 20, 338), (-30, 2, 340), (-42, -10, 332)], [11, 9, 7])
+    canvas.tube(heart, [(-10, 20, 336), (12, 6, 332), (38, -2, 322)], [11, 9, 7])
+    airway = ids("airway")
+    for side in (-1, 1):
+        root = (side * 34, -8, carina - (34 if side < 0 else 24))
+        canvas.tube(airway, [(2, -8, carina + 2), (side * 16, -9, carina - 12), root], [8, 7, 6])
+        for tip in ((58, 14, 26), (66, -22, -18), (52, -34, -58), (62, 26, -46)):
+            canvas.tube(airway, [root, (side * tip[0], tip[1], carina - 24 + tip[2])], [4.6, 2.8])
     thyroid = ids("thyroid gland")
     for side in (-1, 1):
         canvas.ellipsoid(thyroid, (side * 17, 20, 462), (9, 10, 22), rough=0.04)
     canvas.ellipsoid(thyroid, (0, 25, 456), (12, 5, 7))
 
     # lungs: inside the ribs and above the diaphragm, beside a mediastinum that is narrow at the top
-    half = profile(canvas.z, [(180, 40), (240, 34), (300, 30), (360, 27), (400, 22), (440, 19)])
-    middle = ((canvas.x + 4) / half) ** 2 + ((canvas.y - 16) / 84) ** 2
+    half = profile(canvas.z, [(180, 36), (240, 28), (300, 23), (360, 22), (400, 20), (440, 17)])
+    half = half + 3.5 * canvas.grain[0] - 10 * np.clip((canvas.y - 40) / 30, 0, 1)
+    middle = ((canvas.x + 4) / half) ** 2 + ((canvas.y - 16) / 90) ** 2
+    backbone = spine_y(canvas.z, canvas.habitus.bend)
+    aside = np.clip((np.abs(canvas.x) - 18) / 32, 0, 1)
+    gutter = backbone - 12 + aside * (wall.centre_y - wall.half_depth - backbone + 12)  # in front of the ribs' necks
     lung = (above > 0) & (middle > 1) & (canvas.z < 447) & (wall.shell < -8)
-    lung &= (np.abs(canvas.x) > 24) | (canvas.y > spine_y(canvas.z, canvas.habitus.bend))  # nothing behind the spine
+    lung &= (canvas.y > gutter) & ((np.abs(canvas.x) > 26) | (canvas.y > backbone))
     lung &= canvas.level((slice(None),) * 3, (x, y, z), (66 * size, 50 * size, 54 * size), turn_deg=(24, 22, -34)) > 1
     slope = 1.05 + 0.1 * rng.normal()
     oblique = canvas.z - (366 + rng.normal(0, 6) - slope * (canvas.y + 62)) + 3 * canvas.grain[0]
@@ -145,7 +151,7 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids, rng: np.ran
     portal = ids("portal vein and splenic vein")
     canvas.tube(portal, [(8, 44, 128), (18, 44, 146), (38, 40, 172), (54, 38, 186)], [7, 7.5, 7.5, 6])
     canvas.tube(portal, [(8, 44, 132), (-22, 32, 146), (-58, 8, 158), (-82, -8, 166)], [6.5, 5.5, 5, 4.5])
-    size = float(np.clip(1 + 0.09 * rng.normal(), 0.82, 1.25))
+    size = float(np.clip(0.95 + 0.08 * rng.normal(), 0.8, 1.15))
     gall = rng.uniform(0.7, 1.25)
     canvas.ellipsoid(ids("gallbladder"), (54, 66, 128), (15 * gall, 18 * gall, 27 * gall), turn_deg=(28, -12, 0), where=below)
     vein = ids("hepatic vessel")
@@ -156,15 +162,16 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids, rng: np.ran
     for tip in ((86, 46, 172), (84, 6, 168), (8, 62, 196)):
         canvas.tube(vein, [(54, 38, 186), tip], [5.0, 2.8], where=below)
     liver = ids("liver")
-    edge = canvas.z - (88 + 0.62 * (112 - canvas.x) + rng.normal(0, 8)) + 4 * canvas.grain[0]
+    edge = canvas.z - (88 + 0.62 * (112 - canvas.x) + rng.normal(0, 8)) + 5 * canvas.grain[0]
+    edge = edge - 0.0012 * (canvas.y - 10) ** 2 + 14 + 0.10 * (canvas.y - 20)
     lobe = np.minimum(below + 2, edge).astype(np.float32)
-    canvas.ellipsoid(liver, (66, 16, 186), (82 * size, 98 * size, 104 * size), rough=0.02, power=2.6, where=lobe)
+    canvas.ellipsoid(liver, (66, 16, 186), (77 * size, 92 * size, 98 * size), rough=0.02, power=2.6, where=lobe)
     canvas.ellipsoid(liver, (-4, 56, 212), (76 * size, 40, 34 * size), rough=0.03, power=2.3, turn_deg=(0, -12, 0), where=lobe)
     spleen = float(np.clip(1 + 0.14 * rng.normal(), 0.7, 1.4))
     canvas.ellipsoid(ids("spleen"), (-104, -20, 176), (28 * spleen, 44 * spleen, 50 * spleen), rough=0.03, power=2.2,
                      turn_deg=(-24, 12, -24), where=below)  # fmt: skip
     pancreas = [(32, 40, 104), (24, 46, 122), (2, 54, 134), (-28, 44, 142), (-58, 18, 152), (-82, -2, 160)]
-    canvas.tube(ids("pancreas"), pancreas, np.array([13, 15, 10, 11, 11, 8]) * (1 + 0.08 * rng.normal()), rough=0.10)
+    canvas.tube(ids("pancreas"), pancreas, np.array([15, 17, 12, 13, 13, 9]) * (1 + 0.08 * rng.normal()), rough=0.10)
     full = rng.uniform(0.75, 1.25)
     stomach = [(-52, 12, 226), (-64, 26, 204), (-66, 50, 176), (-50, 66, 150), (-22, 72, 138), (8, 68, 136), (24, 62, 138)]
     canvas.tube(ids("stomach"), stomach, np.array([30, 36, 31, 26, 21, 15, 10]) * full**0.5, rough=0.06, where=inside)
@@ -207,23 +214,28 @@ def _muscles(canvas: Canvas, wall: Wall, inside: Array, ids) -> None:  # type: i
         canvas.tube(ids(f"{word} iliopsoas"), psoas, np.array([9, 17, 22, 23, 19, 14]) * strength, rough=0.05)
         canvas.tube(ids(f"{word} iliopsoas"), [(side * 100, 8, 26), (side * 92, 14, -20), (side * 86, 30, -66)],
                     np.array([9, 15, 16]) * strength, squash=(0.9, 1.6, 1))  # fmt: skip
-        canvas.ellipsoid(ids(f"{word} gluteus minimus"), (side * 112, 10, -58), (17, 38, 44), rough=0.05, turn_deg=(0, side * 14, 0))
-        canvas.ellipsoid(ids(f"{word} gluteus medius"), (side * 128, -14, -34), (25, 50, 62), rough=0.05, turn_deg=(0, side * 14, 0))
-        canvas.ellipsoid(ids(f"{word} gluteus maximus"), (side * 84, -78, -96), (62, 26, 84), rough=0.06, power=2.5,
+        wing = (0, 0, side * -31)  # the wing of the ilium runs outward from behind to in front
+        canvas.ellipsoid(ids(f"{word} gluteus minimus"), (side * 106, -12, -52), (14, 38, 40), rough=0.05, turn_deg=wing)
+        canvas.ellipsoid(ids(f"{word} gluteus medius"), (side * 114, -24, -30), (24, 58, 62), rough=0.05, power=2.3,
+                         turn_deg=wing)  # fmt: skip
+        canvas.ellipsoid(ids(f"{word} gluteus maximus"), (side * 80, -80, -92), (60, 21, 78), rough=0.06, power=2.5,
                          turn_deg=(0, side * 26, side * 26))  # fmt: skip
 
 
 def _small_bowel(canvas: Canvas, wall: Wall, below: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
-    """Fill the peritoneal space that is left with loops: the ridges of a smooth field, which wind like bowel."""
-    box = canvas.box((-110, -10, -80), (110, 130, 135))
-    if box is None:
-        return
-    shape = canvas.labels[box].shape
-    grain = [22 / mm for mm in canvas.geometry.spacing]
-    first, second = (smooth_noise(rng, shape, grain) for _ in range(2))
-    y, z, x = canvas.y[box], canvas.z[box], canvas.x[box]
-    space = (wall.shell[box] < -10) & (below[box] > 6) & (y > 22 + 0.10 * np.abs(x))
-    roof = 128 - 0.3 * np.abs(x) + rng.normal(0, 6)
-    space &= (z < roof) & (z > -72) & ((x / 100) ** 2 + ((z - 30) / 108) ** 2 < 1)
-    loops = (np.abs(first) < 0.62) | (np.abs(second) < 0.34)
-    canvas.paint(ids("small bowel"), space & loops, box)
+    """Lay two layers of winding loops into the peritoneal space that is left."""
+    roof = 122 - 0.3 * np.abs(canvas.x) - 0.008 * (canvas.y - 70) ** 2
+    space = np.minimum(np.minimum(-wall.shell - 9, below - 5), roof - canvas.z)
+    space = np.minimum(space, canvas.y - 22 - 0.1 * np.abs(canvas.x)).astype(np.float32)
+    gauge = rng.uniform(10.5, 13.0)
+    for depth in (90.0, 57.0):
+        loops = []
+        for row, z in enumerate(np.arange(-56.0, 112.0, 2.15 * gauge)):
+            reach = 86 * np.sqrt(max(0.1, 1 - ((z - 30) / 130) ** 2))
+            across = np.linspace(-reach, reach, 7) * (1 if row % 2 else -1)
+            wave = 9 * np.sin(np.arange(7) * 2.0 + rng.uniform(0, 6.3))
+            jitter = rng.normal(0, 4.5, (7, 3))
+            loops += [(x + j[0], depth + w + j[1], z + 0.5 * w + j[2])
+                      for x, w, j in zip(across, wave, jitter, strict=True)]  # fmt: skip
+        width = gauge * rng.uniform(0.75, 1.12, len(loops))
+        canvas.tube(ids("small bowel"), loops, width, rough=0.12, where=space)

@@ -50,6 +50,18 @@ def _tables() -> tuple[NDArray[np.float32], dict[str, NDArray[np.bool_]]]:
     return means, groups
 
 
+@cache
+def _limb_bones() -> NDArray[np.bool_]:
+    """Return which ids are bones of the girdles and limbs, which thick muscles cover."""
+    from ..anatomy import maisi
+
+    table = np.zeros(256, dtype=bool)
+    for bone in ("scapula", "humerus", "clavicula", "femur"):
+        for side in ("left", "right"):
+            table[maisi().id(f"{side} {bone}")] = True
+    return table
+
+
 def render(mask: Mask, seed: int, *, noise_hu: float | None = None, contrast: str | None = None) -> Volume:
     """Render a mask of the MAISI vocabulary as a CT volume in HU, clipped to [-1024, 1500].
 
@@ -79,9 +91,10 @@ def render(mask: Mask, seed: int, *, noise_hu: float | None = None, contrast: st
     hu[solid] += (5 * wide + 4 * fine)[solid]
     _envelope(hu, labels, groups, geometry, rng, fine)
     _bone(hu, labels, groups, mm, rng, fine)
-    _lungs(hu, labels, groups, mm, rng, ids)
-    _hollow(hu, labels, rng, ids, wide, fine)
+    _lungs(hu, labels, groups, mm, rng, ids, float(personal[ids("pulmonary vein")]))
+    _hollow(hu, labels, mm, rng, ids, wide, fine)
     if phase:
+        _heart(hu, labels, mm, ids)
         _kidneys(hu, labels, mm, ids, phase)
         _liver_vessels(hu, labels, mm, rng, ids, phase)
     hu[labels == 0] = AIR_HU
@@ -113,19 +126,22 @@ def _envelope(
     cavity_depth = ndimage.distance_transform_edt(grown, sampling=sampling)[1:-1, 1:-1, 1:-1] - 30
     firm = skeletal[small]
     to_muscle = ndimage.distance_transform_edt(~firm, sampling=sampling) if firm.any() else np.full(small.shape, 1e3)
+    limbs = _limb_bones()[small]
+    to_limb = ndimage.distance_transform_edt(~limbs, sampling=sampling) if limbs.any() else np.full(small.shape, 1e3)
     organs = inner & ~skeletal[small]
     to_organ = ndimage.distance_transform_edt(~organs, sampling=sampling) if organs.any() else np.full(small.shape, 1e3)
     skin_depth = ndimage.distance_transform_edt(np.pad(small > 0, 1, mode="edge"), sampling=sampling)[1:-1, 1:-1, 1:-1]
     zoom = [n / s for n, s in zip(labels.shape, small.shape, strict=True)]
-    cavity_depth, to_muscle, to_organ, skin_depth = (
+    cavity_depth, to_muscle, to_limb, to_organ, skin_depth = (
         ndimage.zoom(f.astype(np.float32), zoom, order=1, grid_mode=True, mode="nearest")
-        for f in (cavity_depth, to_muscle, to_organ, skin_depth)
+        for f in (cavity_depth, to_muscle, to_limb, to_organ, skin_depth)
     )
     ripple = 2.0 * fine
     thickness = 9.0 + rng.uniform(-2, 3)
     rim = (np.abs(cavity_depth + ripple) < thickness * 0.75) & (to_organ > 4)
     near = (to_muscle < 6.5 + ripple) & (to_organ > 7)
-    muscle = (rim | near) & (skin_depth > 5)
+    limb = (to_limb < 27 + ripple) & (to_organ > 8)
+    muscle = (rim | near | limb) & (skin_depth > 5)
     soft = np.where(muscle, MUSCLE_HU + rng.normal(0, 5), FAT_HU + rng.normal(0, 4)).astype(np.float32)
     lung = groups["lung"][labels]
     if lung.any():  # the mediastinum and the hila: vessels and nodes between the lungs
@@ -157,30 +173,94 @@ def _bone(
 
 def _lungs(
     hu: Array, labels: NDArray[np.uint8], groups: dict[str, NDArray[np.bool_]], mm: tuple[float, ...],
-    rng: np.random.Generator, ids: Any,
+    rng: np.random.Generator, ids: Any, blood: float,
 ) -> None:  # fmt: skip
     lung = groups["lung"][labels]
     if not lung.any():
         return
-    boxes = ndimage.find_objects(lung.astype(np.uint8))
-    box = boxes[0]
+    box = ndimage.find_objects(lung.astype(np.uint8))[0]
     view = lung[box]
-    depth = ndimage.distance_transform_edt(np.pad(view, 1), sampling=mm)[1:-1, 1:-1, 1:-1].astype(np.float32)
-    # vessels: where two smooth fields both cross zero lie winding lines; they thin out toward the pleura
+    middle = float(np.argwhere(view.any(axis=(1, 2))).mean())  # the midline, when both lungs are in view
     vessel = np.zeros(view.shape, dtype=np.float32)
-    for grain_mm, width, bright in ((34, 0.17, 0.95), (20, 0.15, 0.7), (13, 0.13, 0.45)):
-        a, b = (smooth_noise(rng, view.shape, [grain_mm / m for m in mm]) for _ in range(2))
-        girth = width * (0.55 + np.minimum(depth, 45) / 45)
-        vessel = np.maximum(vessel, bright * np.exp(-(a**2 + b**2) / (2 * girth**2)))
+    for lobes in (("left lung upper lobe", "left lung lower lobe"),
+                  ("right lung upper lobe", "right lung middle lobe", "right lung lower lobe")):  # fmt: skip
+        vessel = np.maximum(vessel, vessel_tree(np.isin(labels[box], [ids(name) for name in lobes]), middle, mm, rng))
     height = np.linspace(-1, 1, view.shape[1], dtype=np.float32)[None, :, None]
-    air = rng.normal(-858, 22) - 26 * height + 14 * smooth_noise(rng, view.shape, [16 / m for m in mm])
-    rendered = air + vessel * (820 if mm[0] < 2 else 700)
+    air = rng.normal(-862, 20) - 26 * height + 14 * smooth_noise(rng, view.shape, [16 / m for m in mm])
+    rendered = air + vessel * (blood - air)
     hu[box][view] = rendered[view]
 
 
+def vessel_tree(
+    inside: NDArray[np.bool_], middle: float, mm: tuple[float, float, float], rng: np.random.Generator
+) -> Array:
+    """Grow a tree of vessels through a lung and return the share of every voxel that it fills, 0..1.
+
+    Random end points, nearest first, are joined to the tree where the way from the hilum stays short; the radius
+    follows Murray's law, so that vessels taper outward. `middle` is the voxel column of the midline.
+    """
+    shape = inside.shape
+    filled = np.zeros(shape, dtype=np.float32)
+    where = np.argwhere(inside)
+    if len(where) < 50:
+        return filled
+    step = np.asarray(mm)
+    centre = where.mean(axis=0)
+    gap = (where - [middle, centre[1] - 0.05 * shape[1], centre[2] + 0.04 * shape[2]]) * step
+    hilum = where[np.argmin((gap**2).sum(axis=1))] * step
+    count = int(np.clip(len(where) * step.prod() / 1000 * 0.15, 12, 360))
+    ends = where[rng.integers(0, len(where), count)] * step + rng.uniform(-0.4, 0.4, (count, 3)) * step
+    ends = ends[np.argsort(((ends - hilum) ** 2).sum(axis=1))]
+    nodes, way, parent = [hilum], [0.0], [-1]
+    leaves = [0]
+    for end in ends:
+        place = np.asarray(nodes)
+        reach = np.sqrt(((place - end) ** 2).sum(axis=1))
+        joint = int(np.argmin(reach + 0.55 * np.asarray(way)))
+        pieces = max(1, round(reach[joint] / 9))
+        start, sag = place[joint], rng.normal(0, 0.08 * reach[joint], 3)
+        for piece in range(1, pieces + 1):
+            t = piece / pieces
+            at = start + (end - start) * t + sag * np.sin(np.pi * t)
+            way.append(way[joint] + float(np.linalg.norm(at - nodes[joint])))
+            nodes.append(at)
+            parent.append(joint)
+            leaves.append(int(piece == pieces))
+            joint = len(nodes) - 1
+    for child in range(len(nodes) - 1, 0, -1):
+        leaves[parent[child]] += leaves[child]
+    points, widths = [], []
+    for child in range(1, len(nodes)):
+        a, b = nodes[parent[child]], nodes[child]
+        pieces = max(2, round(float(np.linalg.norm(b - a)) / (0.6 * step.min())))
+        points.append(a + (b - a) * np.linspace(0, 1, pieces, endpoint=False)[:, None])
+        widths.append(np.full(pieces, 0.85 * leaves[child] ** 0.37))
+    _stamp(filled, np.concatenate(points), np.concatenate(widths), step)
+    return filled * inside
+
+
+def _stamp(filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64], mm: NDArray[np.float64]) -> None:
+    """Draw balls into `filled`, with partial volume at their rims and for those smaller than a voxel."""
+    voxel = float(mm.mean())
+    size = np.maximum(radii, 0.5 * voxel)
+    share = np.minimum(1.0, np.pi * radii**2 / voxel**2)
+    hull = np.ceil(size / voxel).astype(int)
+    base = np.round(points / mm).astype(int)
+    for reach in np.unique(hull):
+        some = hull == reach
+        spans = [np.arange(-k, k + 1) for k in np.maximum(1, np.ceil((reach * voxel + voxel / 2) / mm)).astype(int)]
+        for offset in np.stack(np.meshgrid(*spans, indexing="ij"), axis=-1).reshape(-1, 3):
+            at = base[some] + offset
+            away = np.sqrt((((at * mm) - points[some]) ** 2).sum(axis=1))
+            part = np.clip((size[some] - away) / voxel + 0.5, 0, 1) * share[some]
+            fits = (part > 0) & ((at >= 0) & (at < filled.shape)).all(axis=1)
+            np.maximum.at(filled, tuple(at[fits].T), part[fits].astype(np.float32))
+
+
 def _hollow(
-    hu: Array, labels: NDArray[np.uint8], rng: np.random.Generator, ids: Any, wide: Array, fine: Array
-) -> None:
+    hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], rng: np.random.Generator, ids: Any, wide: Array,
+    fine: Array,
+) -> None:  # fmt: skip
     """Gas above fluid in stomach, stool and gas in the colon, a little gas in the small bowel, air in the gullet."""
     for name, gas_share, stool in (("stomach", rng.uniform(0.0, 0.45), False), ("colon", rng.uniform(0.1, 0.55), True),
                                    ("small bowel", rng.uniform(0, 0.05), False), ("duodenum", rng.uniform(0, 0.1), False)):  # fmt: skip
@@ -189,18 +269,38 @@ def _hollow(
         if not box:
             continue
         view = where[box[0]]
-        core = ndimage.binary_erosion(view, iterations=1)
+        core = ndimage.distance_transform_edt(np.pad(view, 1), sampling=mm)[1:-1, 1:-1, 1:-1] > max(2.5, min(mm))
         if not core.any():
             continue
         up = np.linspace(0, 1, view.shape[1], dtype=np.float32)[None, :, None]
         score = 0.5 * up + 0.22 * wide[box[0]] + 0.05 * fine[box[0]]
         part = hu[box[0]]
+        part[core] = 14 + 6 * wide[box[0]][core] + 4 * fine[box[0]][core]
         if stool:
             part[core] = 18 + 34 * fine[box[0]][core]
             part[core & (fine[box[0]] > 0.9)] -= 240
         cut = np.quantile(score[core], 1 - gas_share)
         part[core & (score > cut)] = -880
         hu[box[0]] = part
+
+
+def _heart(hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], ids: Any) -> None:
+    """Set the muscle of the left ventricle apart from the enhanced blood: a thick rim on the left, a septum."""
+    where = labels == ids("heart")
+    box = ndimage.find_objects(where.astype(np.uint8))
+    if not box:
+        return
+    view = where[box[0]]
+    depth = ndimage.distance_transform_edt(np.pad(view, 1, mode="edge"), sampling=mm)[1:-1, 1:-1, 1:-1]
+    centre = np.argwhere(view).mean(axis=0)
+    x, y, z = (mm[i] * (np.arange(view.shape[i]) - centre[i]) for i in range(3))
+    left = -x[:, None, None] + 0.3 * y[None, :, None] - 0.2 * z[None, None, :]
+    rim = (left > 4) & (depth < 10)
+    septum = (np.abs(left - 6) < 4.5) & (y[None, :, None] - 0.4 * z[None, None, :] > -12)
+    part = hu[box[0]]
+    muscle = view & (rim | septum)
+    part[muscle] = 0.45 * part[muscle] + 50
+    hu[box[0]] = part
 
 
 def _kidneys(hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], ids: Any, phase: int) -> None:

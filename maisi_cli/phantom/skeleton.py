@@ -88,7 +88,7 @@ def _spine(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
     bend = canvas.habitus.bend
     canal = [(0, float(spine_y(z, bend)) - 26 + 4 * (z > 440), z) for z in np.arange(-30, 560, 16.0)]
     canvas.tube(ids("spinal cord"), canal, [7.5 if at[2] < 440 else 7.0 for at in canal])
-    canvas.tube(ids("spinal cord"), [(0, 0, 545), (0, 10, 590)], 9)
+    canvas.tube(ids("spinal cord"), [canal[-1], (0, -12, 575), (0, 0, 606)], [7, 8, 9])
     for index, (name, z) in enumerate(LEVELS):
         label = ids(name)
         below = LEVELS[index - 1][1] if index else z - 28
