@@ -11,7 +11,7 @@ import contextlib
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
@@ -372,6 +372,25 @@ def crop(item: Grid, geometry: Geometry) -> Grid:
         raise ValueError(f"the grid {item.geometry} does not lie around {geometry}")
     window = tuple(slice(b, b + n) for b, n in zip(before, geometry.size, strict=True))
     return replace(item, array=np.ascontiguousarray(item.array[window]), geometry=geometry)
+
+
+def require_same_grid(image: Volume, mask: Mask) -> None:
+    """Raise `UsageError`, with both grids, unless an image and a mask agree to within 0.1 mm."""
+    if image.geometry.close_to(mask.geometry, tolerance_mm=0.1):
+        return
+    one, other = (
+        f"{item.geometry}, first voxel at {format_mm(row[3] for row in item.geometry.affine[:3])} mm"
+        for item in (image, mask)
+    )
+    raise UsageError(
+        f"image and mask lie on different grids: {one}, against {other}",
+        hint="resample the mask to the image with nearest neighbour",
+    )
+
+
+def format_mm(values: Iterable[float]) -> str:
+    """Format coordinates as `-178.0, 11.3, 94.3`."""
+    return ", ".join(f"{value:.1f}" for value in values)
 
 
 def resample_labels(mask: Mask, size: Size) -> Mask:
