@@ -93,7 +93,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[s
     """Write tensors as safetensors, in float16 unless `half` is False; the file appears complete or not at all."""
     from safetensors.torch import save
 
-    from .volumes import write_atomic
+    from .files import write_atomic
 
     ready = {key: value.detach().cpu().to(torch.float16 if half and value.is_floating_point() else value.dtype).contiguous()
              for key, value in tensors.items()}  # fmt: skip

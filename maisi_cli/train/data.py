@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..errors import UsageError
 from ..events import Note, OnEvent, Saved, Stage, Step, ignore
 from ..geometry import Geometry
-from ..volumes import read_image, read_mask, refuse_overwriting, write_atomic, write_image, write_mask
+from ..files import refuse_overwriting, write_atomic
+from ..volumes import read_image, read_mask, write_image, write_mask
 
 LIST_NAME = "list.json"
 HELD_OUT = 0

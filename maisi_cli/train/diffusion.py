@@ -1,0 +1,154 @@
+"""`train dm`: the latent diffusion model, as a rectified flow (Liu et al. 2023; target: data minus noise)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..catalog import ModelSpec, modality
+from ..catalog import model as find_model
+from ..errors import UsageError
+from ..networks import build
+from ..weights import load_state
+from . import TrainSettings
+from .data import Case, read_list, split
+from .losses import distance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """One case in memory: latent (4, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality id."""
+
+    latent: NDArray[np.float16]
+    labels: NDArray[np.uint8]
+    spacing_mm: tuple[float, float, float]
+    modality: int
+
+
+def load_cases(cases: Sequence[Case]) -> list[Encoded]:
+    """Load latents and labels. Raises `UsageError` for a list without latents and for grids that do not match."""
+    loaded = []
+    for case in cases:
+        if case.latent is None or case.label is None or case.label.suffix != ".npy":
+            raise UsageError(f"case {case.id} has no latent", hint="make them:  maisi data encode LIST --vae FILE")
+        latent, labels = np.load(case.latent), np.load(case.label)
+        if tuple(4 * n for n in latent.shape[1:]) != labels.shape:
+            raise UsageError(f"case {case.id}: labels {labels.shape} are not 4 times the latent {latent.shape[1:]}",
+                             hint="encode the list again")  # fmt: skip
+        loaded.append(Encoded(latent=latent, labels=labels, spacing_mm=case.spacing_mm, modality=modality(case.modality).id))
+    return loaded
+
+
+def scale_factor(cases: Sequence[Encoded]) -> float:
+    """Return 1 / standard deviation of the latents, over all cases."""
+    count = sum(case.latent.size for case in cases)
+    mean = sum(float(case.latent.sum(dtype=np.float64)) for case in cases) / count
+    variance = sum(float(np.square(case.latent.astype(np.float64) - mean).sum()) for case in cases) / count
+    return float(1 / np.sqrt(variance))
+
+
+def draw_times(settings: TrainSettings, voxels: Sequence[int]) -> Tensor:
+    """Draw times in [0, 1000), shifted by latent size as in sampling: r u / (1 + (r - 1) u), r = (N / 32^3)^(1/3)."""
+    size = torch.tensor(voxels, dtype=torch.float32)
+    u = torch.rand(len(size)) if settings.timesteps == "uniform" else torch.sigmoid(torch.randn(len(size)))
+    ratio = (size / 32768) ** (1 / 3)
+    return 1000 * ratio * u / (1 + (ratio - 1) * u)
+
+
+def mix(data: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """Return x_t = (1 - t/1000) data + (t/1000) noise."""
+    share = (times / 1000).view(-1, 1, 1, 1, 1)
+    return (1 - share) * data + share * noise
+
+
+class DiffusionTask:
+    """Velocity regression on latents; modality is dropped now and then for classifier-free guidance."""
+
+    name = "unet"
+
+    def __init__(self, settings: TrainSettings, data: Path, *, network: str = "unet") -> None:
+        self.settings = settings
+        self.spec: ModelSpec = find_model(settings.model)
+        torch.manual_seed(settings.seed)
+        self.network: nn.Module = build(self.spec.networks[network])
+        training, held = split(read_list(data))
+        self.cases, self.held = load_cases(training), load_cases(held[:4])
+        self.scale = scale_factor(self.cases)
+        if settings.init:
+            state = load_state(Path(settings.init))
+            self.network.load_state_dict({key: value.float() for key, value in state.tensors.items()})
+            self.scale = state.scale_factor or self.scale  # fine-tuning keeps the scale of the weights it starts from
+
+    def to(self, device: torch.device) -> None:
+        """Nothing frozen to move."""
+
+    def batch(self, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        """Draw whole volumes (a share `whole_share`, one at a time) or crops of `crop` latent voxels."""
+        chosen = [self.cases[int(rng.integers(len(self.cases)))] for _ in range(self.settings.batch_size)]
+        if rng.random() < self.settings.whole_share:
+            return self._stack(chosen[:1], None, rng)
+        return self._stack(chosen, self.settings.crop, rng)
+
+    def _stack(self, cases: Sequence[Encoded], crop: tuple[int, int, int] | None, rng: np.random.Generator) -> dict[str, Tensor]:
+        latents, labels = [], []
+        for case in cases:
+            grid = case.latent.shape[1:]
+            size = grid if crop is None else tuple(min(n, want) for n, want in zip(grid, crop, strict=True))
+            at = [int(rng.integers(n - want + 1)) for n, want in zip(grid, size, strict=True)]
+            latents.append(case.latent[(slice(None), *(slice(a, a + n) for a, n in zip(at, size, strict=True)))].astype(np.float32))
+            labels.append(case.labels[tuple(slice(4 * a, 4 * (a + n)) for a, n in zip(at, size, strict=True))][None])
+        classes = [case.modality if rng.random() >= self.settings.modality_dropout else 0 for case in cases]
+        return {
+            "latent": torch.from_numpy(np.stack(latents)) * self.scale,
+            "labels": torch.from_numpy(np.stack(labels)),
+            "spacing": torch.tensor([case.spacing_mm for case in cases], dtype=torch.float32) * 100,
+            "class": torch.tensor(classes, dtype=torch.long),
+            "voxels": torch.tensor([int(np.prod(case.latent.shape[1:])) for case in cases]),
+        }
+
+    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Return the distance between predicted and true velocity."""
+        latent = batch["latent"]
+        times = draw_times(self.settings, batch["voxels"].tolist()).to(latent.device)
+        noise = torch.randn(latent.shape).to(latent.device)
+        return distance(self.predict(network, mix(latent, noise, times), times, batch), latent - noise, self.settings.loss), {}
+
+    def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the network's velocity."""
+        return network(x=x, timesteps=times, spacing_tensor=batch["spacing"], class_labels=batch["class"])  # type: ignore[no-any-return]
+
+    def validate(self, network: nn.Module) -> dict[str, float]:
+        """Return the loss at four fixed times with fixed noise, on whole held-out volumes."""
+        device = next(network.parameters()).device
+        rng = np.random.default_rng(0)
+        losses: dict[float, list[float]] = {}
+        for index, case in enumerate(self.held):
+            batch = {key: value.to(device) for key, value in self._stack([case], None, rng).items()}
+            batch["class"] = torch.full_like(batch["class"], case.modality)
+            noise = torch.randn(batch["latent"].shape, generator=torch.Generator().manual_seed(index)).to(device)
+            for time in (100.0, 350.0, 650.0, 900.0):
+                at = torch.tensor([time], device=device)
+                made = self.predict(network, mix(batch["latent"], noise, at), at, batch)
+                losses.setdefault(time, []).append(float(distance(made, batch["latent"] - noise, "l2")))
+        means = {f"t{int(time)}": float(np.mean(values)) for time, values in losses.items()}
+        return {"score": float(np.mean(list(means.values()))), **means}
+
+    def metadata(self) -> dict[str, str]:
+        """Name the part and its latent scale."""
+        return {"part": self.name, "scale_factor": repr(self.scale)}
+
+
+def task(settings: TrainSettings, data: Path) -> DiffusionTask:
+    """Return the task of `train dm`."""
+    return DiffusionTask(settings, latent_list(data))
+
+
+def latent_list(data: Path) -> Path:
+    """Return the list of latents of a data folder, or the list that is named."""
+    return data / "latents.json" if data.is_dir() else data
