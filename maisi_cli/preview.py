@@ -231,7 +231,7 @@ def _overlay(
 
 
 def smooth_labels(labels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a slice of labels on `size` (width, height) pixels, each with the label that covers most of it."""
+    """Return a slice of labels on `size` (width, height) pixels, each with the label that covers it most."""
     best = np.full((size[1], size[0]), -1.0, dtype=np.float32)
     result = np.zeros((size[1], size[0]), dtype=np.uint8)
     for label in np.unique(labels):
