@@ -1,7 +1,8 @@
 """Procedural bodies: label volumes and HU volumes made from a seed alone, with no data.
 
-`body` paints an anatomy in the MAISI vocabulary, head to thigh; `render` turns any mask of that vocabulary into
-Hounsfield units. They are the download-free mask source of `generate` and the training data of `nano-ct`.
+`body` paints an anatomy in the MAISI vocabulary, head to thigh; `render` turns any mask of that vocabulary
+into Hounsfield units. They are the download-free mask source of `generate` and the training data of `nano-
+ct`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from ..geometry import Geometry
 from ..volumes import Mask
 from . import organs, skeleton
 from .frame import REGION_Z, Canvas, Habitus
-from .rendering import render
+from .rendering import PHASES, render
 
-__all__ = ["body", "render"]
+__all__ = ["PHASES", "body", "render"]
 
 
 def body(
     geometry: Geometry, seed: int, *, regions: Sequence[str] = ("chest", "abdomen"), sex: str | None = None
 ) -> Mask:
-    """Paint one person: a uint8 label volume in the MAISI vocabulary, 200 for body without a label, 0 outside.
+    """Paint one person: a uint8 label volume in the MAISI vocabulary, 200 for body without a label, 0
+    outside.
 
-    The centre of `geometry` lies at the middle of `regions` (head, chest, abdomen, lower); its size and spacing decide
-    what is visible. A seed is one person: another grid shows the same body. Equal arguments give equal bytes. Raises
-    `UsageError` for an unknown region or sex.
+    The centre of `geometry` lies at the middle of `regions` (head, chest, abdomen, lower); its size and
+    spacing decide what is visible. A seed is one person: another grid shows the same body. Equal arguments
+    give equal bytes. Raises `UsageError` for an unknown region or sex.
     """
     for region in regions:
         if region not in REGION_Z:

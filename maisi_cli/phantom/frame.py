@@ -1,14 +1,15 @@
 """The body frame in which the phantom is drawn, one person's habitus, and smooth random fields.
 
-Coordinates are in mm for an average adult: x to the right of the midline, y anterior, z superior, with z = 0 at the disc
-L5/S1. A person is this frame seen through a smooth deformation (stature, width, depth, pose, a random warp), so organs
-keep their neighbours while every seed gives another body.
+Coordinates are in mm for an average adult: x to the right of the midline, y anterior, z superior, with z =
+0 at the disc L5/S1. A person is this frame seen through a smooth deformation (stature, width, depth, pose,
+a random warp), so organs keep their neighbours while every seed gives another body.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,32 +24,71 @@ _PERSON, _POSE, _FIELD, _ORGANS = range(0x6D610, 0x6D614)  # what a random strea
 
 # vertebrae from the sacrum upward: name, z of the centre of the vertebral body
 LEVELS: tuple[tuple[str, float], ...] = (
-    ("vertebrae S1", -14.0), ("vertebrae L5", 17.0), ("vertebrae L4", 51.0), ("vertebrae L3", 85.0),
-    ("vertebrae L2", 118.0), ("vertebrae L1", 150.0), ("vertebrae T12", 180.0), ("vertebrae T11", 208.0),
-    ("vertebrae T10", 234.5), ("vertebrae T9", 259.5), ("vertebrae T8", 283.0), ("vertebrae T7", 305.5),
-    ("vertebrae T6", 327.0), ("vertebrae T5", 347.5), ("vertebrae T4", 367.5), ("vertebrae T3", 387.0),
-    ("vertebrae T2", 406.0), ("vertebrae T1", 424.5), ("vertebrae C7", 442.0), ("vertebrae C6", 458.5),
-    ("vertebrae C5", 474.5), ("vertebrae C4", 490.5), ("vertebrae C3", 506.5), ("vertebrae C2", 523.0),
+    ("vertebrae S1", -14.0),
+    ("vertebrae L5", 17.0),
+    ("vertebrae L4", 51.0),
+    ("vertebrae L3", 85.0),
+    ("vertebrae L2", 118.0),
+    ("vertebrae L1", 150.0),
+    ("vertebrae T12", 180.0),
+    ("vertebrae T11", 208.0),
+    ("vertebrae T10", 234.5),
+    ("vertebrae T9", 259.5),
+    ("vertebrae T8", 283.0),
+    ("vertebrae T7", 305.5),
+    ("vertebrae T6", 327.0),
+    ("vertebrae T5", 347.5),
+    ("vertebrae T4", 367.5),
+    ("vertebrae T3", 387.0),
+    ("vertebrae T2", 406.0),
+    ("vertebrae T1", 424.5),
+    ("vertebrae C7", 442.0),
+    ("vertebrae C6", 458.5),
+    ("vertebrae C5", 474.5),
+    ("vertebrae C4", 490.5),
+    ("vertebrae C3", 506.5),
+    ("vertebrae C2", 523.0),
     ("vertebrae C1", 540.0),
-)  # fmt: skip
+)
 
 # what part of the body, in z, each region of a field of view is centred on
 REGION_Z: dict[str, tuple[float, float]] = {
-    "head": (500.0, 770.0), "chest": (210.0, 440.0), "abdomen": (0.0, 260.0), "lower": (-340.0, 10.0),
-}  # fmt: skip
+    "head": (500.0, 770.0),
+    "chest": (210.0, 462.0),
+    "abdomen": (0.0, 260.0),
+    "lower": (-340.0, 10.0),
+}
 
 
 def profile(z: Array | float, table: Sequence[tuple[float, float]]) -> Array:
     """Interpolate a table of (z, value) linearly, constant beyond its ends."""
     knots = np.asarray(table, dtype=np.float32)
-    return np.interp(z, knots[:, 0], knots[:, 1]).astype(np.float32)
+    return np.asarray(np.interp(z, knots[:, 0], knots[:, 1]), dtype=np.float32)
 
 
 def spine_y(z: Array | float, bend: float = 1.0) -> Array:
     """Return y of the vertebral bodies' centres: lumbar lordosis, thoracic kyphosis, cervical lordosis."""
-    table = [(-150, -70), (-80, -62), (-40, -34), (-14, -10), (17, 8), (51, 14), (85, 12), (118, 4), (150, -7),
-             (180, -17), (234, -34), (283, -44), (327, -48), (367, -45), (406, -34), (442, -18), (490, -4),
-             (540, 2), (600, 2)]  # fmt: skip
+    table = [
+        (-150, -70),
+        (-80, -62),
+        (-40, -34),
+        (-14, -10),
+        (17, 8),
+        (51, 14),
+        (85, 12),
+        (118, 4),
+        (150, -7),
+        (180, -17),
+        (234, -34),
+        (283, -44),
+        (327, -48),
+        (367, -45),
+        (406, -34),
+        (442, -18),
+        (490, -4),
+        (540, 2),
+        (600, 2),
+    ]
     return profile(z, [(at, value * bend) for at, value in table])
 
 
@@ -83,7 +123,9 @@ class Habitus:
 
 
 def smooth_noise(rng: np.random.Generator, shape: Sequence[int], cell: Sequence[float]) -> Array:
-    """Return a smooth field of about zero mean and unit variance; `cell` is its grain in voxels on each axis."""
+    """Return a smooth field of about zero mean and unit variance; `cell` is its grain in voxels on each
+    axis.
+    """
     coarse = [max(4, int(np.ceil(n / max(c, 1e-3))) + 4) for n, c in zip(shape, cell, strict=True)]
     seeds = rng.standard_normal(coarse).astype(np.float32)
     where = [np.arange(n, dtype=np.float32) / max(c, 1e-3) + 1.5 for n, c in zip(shape, cell, strict=True)]
@@ -97,7 +139,12 @@ def _spline_axis(field: Array, at: Array, axis: int) -> Array:
     """Blend along one axis with the uniform cubic B-spline, which is smooth to the second derivative."""
     start = np.floor(at).astype(int)
     t = (at - start).astype(np.float32)
-    weights = ((1 - t) ** 3 / 6, (3 * t**3 - 6 * t**2 + 4) / 6, (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6, t**3 / 6)
+    weights = (
+        (1 - t) ** 3 / 6,
+        (3 * t**3 - 6 * t**2 + 4) / 6,
+        (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6,
+        t**3 / 6,
+    )
     shape = [1] * field.ndim
     shape[axis] = len(at)
     total: Array | None = None
@@ -111,8 +158,8 @@ def _spline_axis(field: Array, at: Array, axis: int) -> Array:
 class Canvas:
     """The labels being painted, with the body-frame coordinates of every voxel.
 
-    `x`, `y`, `z` are float32 arrays of the grid's shape, in mm of the body frame; `labels` is uint8. Painting never
-    covers a structure that is already there: what is painted first has priority.
+    `x`, `y`, `z` are float32 arrays of the grid's shape, in mm of the body frame; `labels` is uint8.
+    Painting never covers a structure that is already there: what is painted first has priority.
     """
 
     def __init__(self, geometry: Geometry, seed: int, habitus: Habitus, regions: Sequence[str]) -> None:
@@ -147,17 +194,22 @@ class Canvas:
         self.grain = [self.field(6 + i, 26) for i in range(2)]
 
     def field(self, key: int, cell_mm: float, box: Box | None = None) -> Array:
-        """Return a smooth random field of about unit variance that is fixed in the body: it is the same on every grid.
+        """Return a smooth random field of about unit variance that is fixed in the body: it is the same on
+        every grid.
 
         `key` tells the fields of one person apart, `cell_mm` is the grain.
         """
-        values = np.random.default_rng([_FIELD, self.seed, key]).standard_normal((40, 40, 40)).astype(np.float32)
+        values = (
+            np.random.default_rng([_FIELD, self.seed, key]).standard_normal((40, 40, 40)).astype(np.float32)
+        )
         for axis, at in enumerate(self.axes):
             values = _spline_axis(values, (at if box is None else at[box[axis]]) / np.float32(cell_mm), axis)
         return values * np.float32(1.65)
 
     def box(self, low: Sequence[float], high: Sequence[float]) -> Box | None:
-        """Return the slices that hold every voxel between two corners (mm, body frame), or None when none does."""
+        """Return the slices that hold every voxel between two corners (mm, body frame), or None when none
+        does.
+        """
         slices = []
         for axis in range(3):
             keep = np.ones(self.geometry.size[axis], dtype=bool)
@@ -178,10 +230,20 @@ class Canvas:
         view[inside & free] = label
 
     def ellipsoid(
-        self, label: int, centre: Sequence[float], radii: Sequence[float], *, rough: float = 0.0, power: float = 2.0,
-        turn_deg: tuple[float, float, float] = (0, 0, 0), where: Array | None = None, over: Sequence[int] = (200,),
-    ) -> None:  # fmt: skip
-        """Paint a superellipsoid with a rough surface; `turn_deg` turns it about x, y and z; `where` > 0 limits it."""
+        self,
+        label: int,
+        centre: Sequence[float],
+        radii: Sequence[float],
+        *,
+        rough: float = 0.0,
+        power: float = 2.0,
+        turn_deg: tuple[float, float, float] = (0, 0, 0),
+        where: Array | None = None,
+        over: Sequence[int] = (200,),
+    ) -> None:
+        """Paint a superellipsoid with a rough surface; `turn_deg` turns it about x, y and z; `where` > 0
+        limits it.
+        """
         reach = max(radii) * 1.15 + 4
         box = self.box([c - reach for c in centre], [c + reach for c in centre])
         if box is None:
@@ -195,9 +257,14 @@ class Canvas:
         self.paint(label, inside, box, over=over)
 
     def level(
-        self, box: Box, centre: Sequence[float], radii: Sequence[float], *, power: float = 2.0,
+        self,
+        box: Box,
+        centre: Sequence[float],
+        radii: Sequence[float],
+        *,
+        power: float = 2.0,
         turn_deg: tuple[float, float, float] = (0, 0, 0),
-    ) -> Array:  # fmt: skip
+    ) -> Array:
         """Return the radial level of a superellipsoid in the box: 1 on its surface, 0 at its centre."""
         p = np.stack([self.x[box] - centre[0], self.y[box] - centre[1], self.z[box] - centre[2]])
         if any(turn_deg):
@@ -206,15 +273,26 @@ class Canvas:
         return np.asarray(total, dtype=np.float32) ** np.float32(1 / power)
 
     def tube(
-        self, label: int, points: Sequence[Sequence[float]], radii: float | Sequence[float], *, rough: float = 0.0,
-        squash: Sequence[float] = (1, 1, 1), where: Array | None = None, over: Sequence[int] = (200,),
-    ) -> None:  # fmt: skip
+        self,
+        label: int,
+        points: Sequence[Sequence[float]],
+        radii: float | Sequence[float] | NDArray[Any],
+        *,
+        rough: float = 0.0,
+        squash: Sequence[float] = (1, 1, 1),
+        where: Array | None = None,
+        over: Sequence[int] = (200,),
+    ) -> None:
         """Paint a tube along a smooth curve through `points`, with one radius or one for each point.
 
         `squash` stretches the cross-section along x, y and z.
         """
         path = np.asarray(points, dtype=np.float64)
-        width = np.full(len(path), radii, dtype=np.float64) if np.isscalar(radii) else np.asarray(radii, dtype=np.float64)
+        width = (
+            np.full(len(path), radii, dtype=np.float64)
+            if np.isscalar(radii)
+            else np.asarray(radii, dtype=np.float64)
+        )
         if len(path) > 2:
             path, width = _smooth_curve(path, width)
         stretch = np.asarray(squash, dtype=np.float64)
@@ -247,7 +325,9 @@ def _rotation(turn_deg: Sequence[float]) -> NDArray[np.float64]:
     return about_z @ about_y @ about_x
 
 
-def _smooth_curve(path: NDArray[np.float64], width: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _smooth_curve(
+    path: NDArray[np.float64], width: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Refine a polyline to about 12 mm steps with a cubic spline through its points."""
     from scipy.interpolate import CubicSpline
 

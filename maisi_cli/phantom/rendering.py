@@ -1,4 +1,6 @@
-"""From labels to Hounsfield units: tissue by tissue, with texture, contrast phase, partial volume and noise."""
+"""From labels to Hounsfield units: tissue by tissue, with texture, contrast phase, partial volume and
+noise.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +11,68 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ..errors import UsageError
 from ..geometry import Geometry
 from ..volumes import AIR_HU, Mask, Volume
 from .frame import Array, smooth_noise
 
 # mean HU in the native, arterial and portal-venous phase; medians of healthy adults
 _TISSUE: dict[str, tuple[float, float, float]] = {
-    "liver": (56, 72, 108), "spleen": (47, 105, 120), "pancreas": (38, 90, 88), "right kidney": (32, 150, 170),
-    "left kidney": (32, 150, 170), "right adrenal gland": (25, 55, 62), "left adrenal gland": (25, 55, 62),
-    "gallbladder": (8, 10, 12), "bladder": (6, 8, 20), "prostate": (36, 55, 66), "thyroid gland": (95, 150, 140),
-    "esophagus": (32, 42, 48), "stomach": (30, 38, 42), "duodenum": (28, 44, 52), "small bowel": (26, 46, 54),
-    "colon": (24, 34, 40), "heart": (40, 190, 145), "left atrial appendage": (42, 240, 150), "aorta": (42, 290, 160),
-    "inferior vena cava": (42, 90, 140), "superior vena cava": (42, 210, 150), "pulmonary vein": (42, 270, 155),
-    "portal vein and splenic vein": (42, 95, 165), "hepatic vessel": (44, 70, 155), "brain": (34, 38, 40),
-    "spinal cord": (28, 32, 34), "trachea": (-985, -985, -985), "airway": (-960, -960, -960),
-    "costal cartilages": (105, 108, 110), "prostate ": (36, 50, 60), "lung tumor": (32, 55, 62),
-    "pancreatic tumor": (26, 42, 52), "hepatic tumor": (38, 52, 66), "colon cancer primaries": (40, 70, 84),
-    "bone lesion": (120, 130, 140), "left kidney cyst": (6, 6, 8), "right kidney cyst": (6, 6, 8),
-}  # fmt: skip
+    "liver": (56, 72, 108),
+    "spleen": (47, 105, 120),
+    "pancreas": (38, 90, 88),
+    "right kidney": (32, 150, 170),
+    "left kidney": (32, 150, 170),
+    "right adrenal gland": (25, 55, 62),
+    "left adrenal gland": (25, 55, 62),
+    "gallbladder": (8, 10, 12),
+    "bladder": (6, 8, 20),
+    "prostate": (36, 55, 66),
+    "thyroid gland": (95, 150, 140),
+    "esophagus": (32, 42, 48),
+    "stomach": (30, 38, 42),
+    "duodenum": (28, 44, 52),
+    "small bowel": (26, 46, 54),
+    "colon": (24, 34, 40),
+    "heart": (40, 190, 145),
+    "left atrial appendage": (42, 240, 150),
+    "aorta": (42, 290, 160),
+    "inferior vena cava": (42, 90, 140),
+    "superior vena cava": (42, 210, 150),
+    "pulmonary vein": (42, 270, 155),
+    "portal vein and splenic vein": (42, 95, 165),
+    "hepatic vessel": (44, 70, 155),
+    "brain": (34, 38, 40),
+    "spinal cord": (28, 32, 34),
+    "trachea": (-985, -985, -985),
+    "airway": (-960, -960, -960),
+    "costal cartilages": (105, 108, 110),
+    "prostate ": (36, 50, 60),
+    "lung tumor": (32, 55, 62),
+    "pancreatic tumor": (26, 42, 52),
+    "hepatic tumor": (38, 52, 66),
+    "colon cancer primaries": (40, 70, 84),
+    "bone lesion": (120, 130, 140),
+    "left kidney cyst": (6, 6, 8),
+    "right kidney cyst": (6, 6, 8),
+}
 _GROUP: dict[str, tuple[float, float, float]] = {
-    "vessel": (42, 190, 140), "muscle": (54, 58, 62), "lung": (-850, -845, -840), "spine": (165, 172, 178),
-    "rib": (190, 195, 200), "bone": (185, 190, 195), "organ": (36, 50, 60), "bowel": (28, 40, 48), "tumor": (36, 52, 64),
-    "cyst": (6, 6, 8), "dummy": (40, 45, 50), "nervous": (30, 34, 36), "airway": (-960, -960, -960), "heart": (42, 190, 145),
+    "vessel": (42, 190, 140),
+    "muscle": (54, 58, 62),
+    "lung": (-850, -845, -840),
+    "spine": (165, 172, 178),
+    "rib": (190, 195, 200),
+    "bone": (185, 190, 195),
+    "organ": (36, 50, 60),
+    "bowel": (28, 40, 48),
+    "tumor": (36, 52, 64),
+    "cyst": (6, 6, 8),
+    "dummy": (40, 45, 50),
+    "nervous": (30, 34, 36),
+    "airway": (-960, -960, -960),
+    "heart": (42, 190, 145),
     "plugin": (40, 48, 55),
-}  # fmt: skip
+}
 PHASES = ("native", "arterial", "portal-venous")
 FAT_HU, MUSCLE_HU, SKIN_HU = -104.0, 54.0, 20.0
 
@@ -65,12 +105,15 @@ def _limb_bones() -> NDArray[np.bool_]:
 def render(mask: Mask, seed: int, *, noise_hu: float | None = None, contrast: str | None = None) -> Volume:
     """Render a mask of the MAISI vocabulary as a CT volume in HU, clipped to [-1024, 1500].
 
-    `contrast` is one of `PHASES`, drawn from the seed when None; `noise_hu` is the standard deviation of the correlated
-    noise, 6..18 HU when None. Works for any mask, a patient's included: inside the body envelope the tissue follows
-    from the distance to the skin, to the bones and to the labelled organs. Equal input gives equal output.
+    `contrast` is one of `PHASES`, drawn from the seed when None; `noise_hu` is the standard deviation of
+    the correlated noise, 6..18 HU when None. Works for any mask, a patient's included: inside the body
+    envelope the tissue follows from the distance to the skin, to the bones and to the labelled organs.
+    Equal input gives equal output.
     """
     from ..anatomy import maisi
 
+    if contrast is not None and contrast not in PHASES:
+        raise UsageError(f"there is no contrast phase {contrast!r}", hint=f"use {', '.join(PHASES)}")
     rng = np.random.default_rng([0x48552020, seed])
     phase = PHASES.index(contrast) if contrast else int(rng.choice(3, p=(0.35, 0.2, 0.45)))
     noise = float(rng.uniform(6, 18)) if noise_hu is None else noise_hu
@@ -106,9 +149,13 @@ def render(mask: Mask, seed: int, *, noise_hu: float | None = None, contrast: st
 
 
 def _envelope(
-    hu: Array, labels: NDArray[np.uint8], groups: dict[str, NDArray[np.bool_]], geometry: Geometry,
-    rng: np.random.Generator, fine: Array,
-) -> None:  # fmt: skip
+    hu: Array,
+    labels: NDArray[np.uint8],
+    groups: dict[str, NDArray[np.bool_]],
+    geometry: Geometry,
+    rng: np.random.Generator,
+    fine: Array,
+) -> None:
     """Tell skin, fat and unlabelled muscle apart inside label 200, from distances alone."""
     body = labels == 200
     if not body.any():
@@ -121,16 +168,32 @@ def _envelope(
     inner = (small > 0) & (small != 200)
     inner &= ~groups["muscle"][small]
     # the cavity: what a 30 mm closing of all organs and bones fills; its rim is the muscular wall
-    far = ndimage.distance_transform_edt(~inner, sampling=sampling) if inner.any() else np.full(small.shape, 1e3)
+    far = (
+        ndimage.distance_transform_edt(~inner, sampling=sampling)
+        if inner.any()
+        else np.full(small.shape, 1e3)
+    )
     grown = np.pad(far < 30, 1, mode="edge")
     cavity_depth = ndimage.distance_transform_edt(grown, sampling=sampling)[1:-1, 1:-1, 1:-1] - 30
     firm = skeletal[small]
-    to_muscle = ndimage.distance_transform_edt(~firm, sampling=sampling) if firm.any() else np.full(small.shape, 1e3)
+    to_muscle = (
+        ndimage.distance_transform_edt(~firm, sampling=sampling) if firm.any() else np.full(small.shape, 1e3)
+    )
     limbs = _limb_bones()[small]
-    to_limb = ndimage.distance_transform_edt(~limbs, sampling=sampling) if limbs.any() else np.full(small.shape, 1e3)
+    to_limb = (
+        ndimage.distance_transform_edt(~limbs, sampling=sampling)
+        if limbs.any()
+        else np.full(small.shape, 1e3)
+    )
     organs = inner & ~skeletal[small]
-    to_organ = ndimage.distance_transform_edt(~organs, sampling=sampling) if organs.any() else np.full(small.shape, 1e3)
-    skin_depth = ndimage.distance_transform_edt(np.pad(small > 0, 1, mode="edge"), sampling=sampling)[1:-1, 1:-1, 1:-1]
+    to_organ = (
+        ndimage.distance_transform_edt(~organs, sampling=sampling)
+        if organs.any()
+        else np.full(small.shape, 1e3)
+    )
+    skin_depth = ndimage.distance_transform_edt(np.pad(small > 0, 1, mode="edge"), sampling=sampling)[
+        1:-1, 1:-1, 1:-1
+    ]
     zoom = [n / s for n, s in zip(labels.shape, small.shape, strict=True)]
     cavity_depth, to_muscle, to_limb, to_organ, skin_depth = (
         ndimage.zoom(f.astype(np.float32), zoom, order=1, grid_mode=True, mode="nearest")
@@ -138,8 +201,9 @@ def _envelope(
     )
     ripple = 2.0 * fine
     thickness = 9.0 + rng.uniform(-2, 3)
-    rim = (np.abs(cavity_depth + ripple) < thickness * 0.75) & (to_organ > 4)
-    near = (to_muscle < 6.5 + ripple) & (to_organ > 7)
+    depth = cavity_depth + ripple
+    rim = (depth > -0.9 * thickness) & (depth < 0.5 * thickness) & (to_organ > 2)
+    near = (to_muscle < 5.5 + ripple) & (to_organ > 4)
     limb = (to_limb < 27 + ripple) & (to_organ > 8)
     muscle = (rim | near | limb) & (skin_depth > 5)
     soft = np.where(muscle, MUSCLE_HU + rng.normal(0, 5), FAT_HU + rng.normal(0, 4)).astype(np.float32)
@@ -147,16 +211,25 @@ def _envelope(
     if lung.any():  # the mediastinum and the hila: vessels and nodes between the lungs
         close = ndimage.binary_dilation(lung, iterations=max(1, int(4 / mm.mean())))
         soft[body & close & (fine > 0.2) & ~muscle] = 20.0
+    first, second = (smooth_noise(rng, labels.shape, [14 / m for m in mm]) for _ in range(2))
+    strand = (first**2 + second**2 < 0.03) & ~muscle & (cavity_depth > 8) & (to_organ > 3)
+    soft[strand] = 25.0  # the vessels of the mesentery
     soft += 5 * fine
-    wall = ndimage.binary_erosion(labels > 0, iterations=max(1, int(round(2.0 / mm.mean()))), border_value=1)
+    wall = ndimage.binary_erosion(
+        labels > 0, iterations=max(1, round(2.0 / float(mm.mean()))), border_value=1
+    )
     soft[body & ~wall] = SKIN_HU
     hu[body] = soft[body]
 
 
 def _bone(
-    hu: Array, labels: NDArray[np.uint8], groups: dict[str, NDArray[np.bool_]], mm: tuple[float, ...],
-    rng: np.random.Generator, fine: Array,
-) -> None:  # fmt: skip
+    hu: Array,
+    labels: NDArray[np.uint8],
+    groups: dict[str, NDArray[np.bool_]],
+    mm: tuple[float, ...],
+    rng: np.random.Generator,
+    fine: Array,
+) -> None:
     bone = (groups["spine"] | groups["rib"] | groups["bone"])[labels]
     from ..anatomy import maisi
 
@@ -166,15 +239,22 @@ def _bone(
     inside = ndimage.distance_transform_edt(bone, sampling=mm)[bone]
     cortex = np.exp(-((inside / (1.1 * float(np.mean(mm)))) ** 2)).astype(np.float32)
     skull = labels[bone] == maisi().id("skull")
-    shaft = np.isin(labels[bone], [maisi().id(f"{s} {n}") for s in ("left", "right") for n in ("femur", "humerus")])
-    hu[bone] += (250 + 40 * rng.normal()) * cortex + 26 * fine[bone] - 45 * (1 - cortex)
+    shaft = np.isin(
+        labels[bone], [maisi().id(f"{s} {n}") for s in ("left", "right") for n in ("femur", "humerus")]
+    )
+    hu[bone] += (360 + 60 * rng.normal()) * cortex + 45 * fine[bone] - 45 * (1 - cortex)
     hu[bone] += np.where(skull, 420.0, 0) + np.where(shaft, 240 * cortex, 0)
 
 
 def _lungs(
-    hu: Array, labels: NDArray[np.uint8], groups: dict[str, NDArray[np.bool_]], mm: tuple[float, ...],
-    rng: np.random.Generator, ids: Any, blood: float,
-) -> None:  # fmt: skip
+    hu: Array,
+    labels: NDArray[np.uint8],
+    groups: dict[str, NDArray[np.bool_]],
+    mm: tuple[float, ...],
+    rng: np.random.Generator,
+    ids: Any,
+    blood: float,
+) -> None:
     lung = groups["lung"][labels]
     if not lung.any():
         return
@@ -182,9 +262,13 @@ def _lungs(
     view = lung[box]
     middle = float(np.argwhere(view.any(axis=(1, 2))).mean())  # the midline, when both lungs are in view
     vessel = np.zeros(view.shape, dtype=np.float32)
-    for lobes in (("left lung upper lobe", "left lung lower lobe"),
-                  ("right lung upper lobe", "right lung middle lobe", "right lung lower lobe")):  # fmt: skip
-        vessel = np.maximum(vessel, vessel_tree(np.isin(labels[box], [ids(name) for name in lobes]), middle, mm, rng))
+    for lobes in (
+        ("left lung upper lobe", "left lung lower lobe"),
+        ("right lung upper lobe", "right lung middle lobe", "right lung lower lobe"),
+    ):
+        vessel = np.maximum(
+            vessel, vessel_tree(np.isin(labels[box], [ids(name) for name in lobes]), middle, mm, rng)
+        )
     height = np.linspace(-1, 1, view.shape[1], dtype=np.float32)[None, :, None]
     air = rng.normal(-862, 20) - 26 * height + 14 * smooth_noise(rng, view.shape, [16 / m for m in mm])
     rendered = air + vessel * (blood - air)
@@ -192,12 +276,12 @@ def _lungs(
 
 
 def vessel_tree(
-    inside: NDArray[np.bool_], middle: float, mm: tuple[float, float, float], rng: np.random.Generator
+    inside: NDArray[np.bool_], middle: float, mm: tuple[float, ...], rng: np.random.Generator
 ) -> Array:
     """Grow a tree of vessels through a lung and return the share of every voxel that it fills, 0..1.
 
-    Random end points, nearest first, are joined to the tree where the way from the hilum stays short; the radius
-    follows Murray's law, so that vessels taper outward. `middle` is the voxel column of the midline.
+    Random end points, nearest first, are joined to the tree where the way from the hilum stays short; the
+    radius follows Murray's law, so that vessels taper outward. `middle` is the voxel column of the midline.
     """
     shape = inside.shape
     filled = np.zeros(shape, dtype=np.float32)
@@ -239,7 +323,9 @@ def vessel_tree(
     return filled * inside
 
 
-def _stamp(filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64], mm: NDArray[np.float64]) -> None:
+def _stamp(
+    filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64], mm: NDArray[np.float64]
+) -> None:
     """Draw balls into `filled`, with partial volume at their rims and for those smaller than a voxel."""
     voxel = float(mm.mean())
     size = np.maximum(radii, 0.5 * voxel)
@@ -248,7 +334,9 @@ def _stamp(filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64
     base = np.round(points / mm).astype(int)
     for reach in np.unique(hull):
         some = hull == reach
-        spans = [np.arange(-k, k + 1) for k in np.maximum(1, np.ceil((reach * voxel + voxel / 2) / mm)).astype(int)]
+        spans = [
+            np.arange(-k, k + 1) for k in np.maximum(1, np.ceil((reach * voxel + voxel / 2) / mm)).astype(int)
+        ]
         for offset in np.stack(np.meshgrid(*spans, indexing="ij"), axis=-1).reshape(-1, 3):
             at = base[some] + offset
             away = np.sqrt((((at * mm) - points[some]) ** 2).sum(axis=1))
@@ -258,18 +346,31 @@ def _stamp(filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64
 
 
 def _hollow(
-    hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], rng: np.random.Generator, ids: Any, wide: Array,
+    hu: Array,
+    labels: NDArray[np.uint8],
+    mm: tuple[float, ...],
+    rng: np.random.Generator,
+    ids: Any,
+    wide: Array,
     fine: Array,
-) -> None:  # fmt: skip
-    """Gas above fluid in stomach, stool and gas in the colon, a little gas in the small bowel, air in the gullet."""
-    for name, gas_share, stool in (("stomach", rng.uniform(0.0, 0.45), False), ("colon", rng.uniform(0.1, 0.55), True),
-                                   ("small bowel", rng.uniform(0, 0.05), False), ("duodenum", rng.uniform(0, 0.1), False)):  # fmt: skip
+) -> None:
+    """Gas above fluid in stomach, stool and gas in the colon, a little gas in the small bowel, air in the
+    gullet.
+    """
+    for name, gas_share, stool in (
+        ("stomach", rng.uniform(0.0, 0.45), False),
+        ("colon", rng.uniform(0.12, 0.6), True),
+        ("small bowel", rng.uniform(0, 0.05), False),
+        ("duodenum", rng.uniform(0, 0.1), False),
+    ):
         where = labels == ids(name)
         box = ndimage.find_objects(where.astype(np.uint8))
         if not box:
             continue
         view = where[box[0]]
-        core = ndimage.distance_transform_edt(np.pad(view, 1), sampling=mm)[1:-1, 1:-1, 1:-1] > max(2.5, min(mm))
+        core = ndimage.distance_transform_edt(np.pad(view, 1), sampling=mm)[1:-1, 1:-1, 1:-1] > max(
+            2.5, min(mm)
+        )
         if not core.any():
             continue
         up = np.linspace(0, 1, view.shape[1], dtype=np.float32)[None, :, None]
@@ -277,15 +378,17 @@ def _hollow(
         part = hu[box[0]]
         part[core] = 14 + 6 * wide[box[0]][core] + 4 * fine[box[0]][core]
         if stool:
-            part[core] = 18 + 34 * fine[box[0]][core]
-            part[core & (fine[box[0]] > 0.9)] -= 240
+            crumbs = smooth_noise(rng, view.shape, [5 / m for m in mm])
+            part[core] = 10 + 50 * fine[box[0]][core] - 330 * np.clip(crumbs[core] - 0.2, 0, 1.2)
         cut = np.quantile(score[core], 1 - gas_share)
         part[core & (score > cut)] = -880
         hu[box[0]] = part
 
 
 def _heart(hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], ids: Any) -> None:
-    """Set the muscle of the left ventricle apart from the enhanced blood: a thick rim on the left, a septum."""
+    """Set the muscle of the left ventricle apart from the enhanced blood: a thick rim on the left, a
+    septum.
+    """
     where = labels == ids("heart")
     box = ndimage.find_objects(where.astype(np.uint8))
     if not box:
@@ -317,7 +420,12 @@ def _kidneys(hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], ids: A
 
 
 def _liver_vessels(
-    hu: Array, labels: NDArray[np.uint8], mm: tuple[float, ...], rng: np.random.Generator, ids: Any, phase: int
+    hu: Array,
+    labels: NDArray[np.uint8],
+    mm: tuple[float, ...],
+    rng: np.random.Generator,
+    ids: Any,
+    phase: int,
 ) -> None:
     where = labels == ids("liver")
     box = ndimage.find_objects(where.astype(np.uint8))
