@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from maisi_cli.volumes import Mask
 from numpy.typing import NDArray
 from scipy import ndimage
 
+Shared = Callable[[str], Path]
 SEEDS = (1, 2, 3, 4)
 TORSO = ("chest", "abdomen", "lower")
 WHOLE = Geometry.parse(size=(72, 64, 128), spacing=(6, 6, 6))
@@ -110,7 +113,7 @@ def test_right_is_at_high_x(people: dict[int, Mask], seed: int) -> None:
             assert (offset > 0) == (label.side == "right"), label.name
 
 
-def test_laterality_and_height_agree_with_a_real_patient(shared, people: dict[int, Mask]) -> None:  # type: ignore[no-untyped-def]
+def test_laterality_and_height_agree_with_a_real_patient(shared: Shared, people: dict[int, Mask]) -> None:
     import nibabel
 
     real = nibabel.load(shared("data/ct_torso_seg.nii.gz"))
@@ -261,7 +264,7 @@ def test_fat_lies_under_the_skin_and_muscle_at_the_wall(fine: Mask) -> None:
     assert (hu[rest] > 20).mean() > 0.05
 
 
-def test_a_patients_mask_gets_the_texture_of_that_patient(shared) -> None:  # type: ignore[no-untyped-def]
+def test_a_patients_mask_gets_the_texture_of_that_patient(shared: Shared) -> None:
     import nibabel
     from maisi_cli.anatomy import remap_table
 

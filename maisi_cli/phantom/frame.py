@@ -7,7 +7,7 @@ a random warp), so organs keep their neighbours while every seed gives another b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..geometry import Geometry
 
 Array = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
+Ids = Callable[[str], int]  # from a label's name to its id
 
 _PERSON, _POSE, _FIELD, _ORGANS = range(0x6D610, 0x6D614)  # what a random stream is for
 

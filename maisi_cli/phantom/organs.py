@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .frame import _ORGANS, Array, Canvas, keep_largest, profile, spine_y
+from .frame import _ORGANS, Array, Canvas, Ids, keep_largest, profile, spine_y
 from .skeleton import Wall
 
 
@@ -41,7 +41,7 @@ def diaphragm(canvas: Canvas, wall: Wall, rng: np.random.Generator) -> Array:
     return np.asarray(top - fall, dtype=np.float32)
 
 
-def _vessels(canvas: Canvas, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _vessels(canvas: Canvas, ids: Ids, rng: np.random.Generator) -> None:
     bend = canvas.habitus.bend
 
     def before(z: float, gap: float) -> float:
@@ -103,7 +103,7 @@ def _vessels(canvas: Canvas, ids, rng: np.random.Generator) -> None:  # type: ig
     canvas.tube(ids("right subclavian artery"), [(24, 12, 418), (44, 8, 428), (78, 14, 424)], 5)
 
 
-def _thorax(canvas: Canvas, wall: Wall, above: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _thorax(canvas: Canvas, wall: Wall, above: Array, ids: Ids, rng: np.random.Generator) -> None:
     carina = 350 + rng.normal(0, 4)
     canvas.tube(ids("trachea"), [(0, 14, 520), (0, 10, 470), (1, 2, 420), (2, -6, 380), (2, -8, carina)], 8.2)
     gullet: list[tuple[float, float, float]] = [
@@ -172,7 +172,7 @@ def _thorax(canvas: Canvas, wall: Wall, above: Array, ids, rng: np.random.Genera
         canvas.labels[lung & where & free] = ids(name)
 
 
-def _retroperitoneum(canvas: Canvas, below: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _retroperitoneum(canvas: Canvas, below: Array, ids: Ids, rng: np.random.Generator) -> None:
     common = float(np.clip(1 + 0.06 * rng.normal(), 0.88, 1.14))
     for side, word, low in ((1, "right", 108.0), (-1, "left", 122.0)):
         z = low + rng.normal(0, 7)
@@ -199,7 +199,7 @@ def _retroperitoneum(canvas: Canvas, below: Array, ids, rng: np.random.Generator
         canvas.tube(gland, [(gx, 18, gz), (gx - side * 5, 0, gz - 8)], [4, 3.2], squash=(1, 1, 1.7))
 
 
-def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids: Ids, rng: np.random.Generator) -> None:
     portal = ids("portal vein and splenic vein")
     canvas.tube(portal, [(8, 44, 128), (18, 44, 146), (38, 40, 172), (54, 38, 186)], [7, 7.5, 7.5, 6])
     canvas.tube(portal, [(8, 44, 132), (-22, 32, 146), (-58, 8, 158), (-82, -8, 166)], [6.5, 5.5, 5, 4.5])
@@ -282,7 +282,7 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids, rng: np.ran
         keep_largest(canvas.labels, label)
 
 
-def _pelvis(canvas: Canvas, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _pelvis(canvas: Canvas, ids: Ids, rng: np.random.Generator) -> None:
     full = rng.uniform(0.6, 1.15)
     canvas.ellipsoid(
         ids("bladder"),
@@ -295,7 +295,7 @@ def _pelvis(canvas: Canvas, ids, rng: np.random.Generator) -> None:  # type: ign
         canvas.ellipsoid(ids("prostate"), (0, 8, -130), (22, 17, 17), rough=0.03)
 
 
-def _colon(canvas: Canvas, below: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _colon(canvas: Canvas, below: Array, ids: Ids, rng: np.random.Generator) -> None:
     sag = rng.normal(0, 12)
     colon = ids("colon")
     ascending = [(82, 42, -40), (94, 34, 0), (98, 18, 44), (98, 12, 84), (84, 32, 112)]
@@ -331,7 +331,7 @@ def _colon(canvas: Canvas, below: Array, ids, rng: np.random.Generator) -> None:
         )
 
 
-def _muscles(canvas: Canvas, wall: Wall, inside: Array, ids) -> None:  # type: ignore[no-untyped-def]
+def _muscles(canvas: Canvas, wall: Wall, inside: Array, ids: Ids) -> None:
     bend, strength = canvas.habitus.bend, canvas.habitus.muscle
     for side, word in ((-1, "left"), (1, "right")):
         back = [
@@ -384,7 +384,7 @@ def _muscles(canvas: Canvas, wall: Wall, inside: Array, ids) -> None:  # type: i
         )
 
 
-def _small_bowel(canvas: Canvas, wall: Wall, below: Array, ids, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _small_bowel(canvas: Canvas, wall: Wall, below: Array, ids: Ids, rng: np.random.Generator) -> None:
     """Lay two layers of winding loops into the peritoneal space that is left."""
     roof = 122 - 0.3 * np.abs(canvas.x) - 0.008 * (canvas.y - 70) ** 2
     space = np.minimum(np.minimum(-wall.shell - 9, below - 5), roof - canvas.z)

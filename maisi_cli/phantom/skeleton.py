@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .frame import LEVELS, Array, Canvas, profile, spine_y
+from .frame import LEVELS, Array, Canvas, Ids, profile, spine_y
 
 # the wall: mid-surface of ribs and abdominal muscles. z, half width, half depth, y of its centre
 _WALL = (
@@ -135,7 +135,7 @@ def bones(canvas: Canvas, wall: Wall) -> None:
     _head(canvas, ids)
 
 
-def _spine(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
+def _spine(canvas: Canvas, ids: Ids) -> None:
     bend = canvas.habitus.bend
     canal = [(0, float(spine_y(z, bend)) - 26 + 4 * (z > 440), z) for z in np.arange(-30, 560, 16.0)]
     canvas.tube(ids("spinal cord"), canal, [7.5 if at[2] < 440 else 7.0 for at in canal])
@@ -189,7 +189,7 @@ def rib_z(k: int, angle: Array | float) -> Array:
     )
 
 
-def _ribs(canvas: Canvas, wall: Wall, ids) -> None:  # type: ignore[no-untyped-def]
+def _ribs(canvas: Canvas, wall: Wall, ids: Ids) -> None:
     near = (np.abs(wall.shell) < 6.5) & (canvas.z > 20) & (canvas.z < 450) & (canvas.labels == 200)
     at = np.flatnonzero(near)
     shell, angle, z, x = (a.ravel()[at] for a in (wall.shell, wall.angle, canvas.z, canvas.x))
@@ -241,7 +241,7 @@ def _ribs(canvas: Canvas, wall: Wall, ids) -> None:  # type: ignore[no-untyped-d
             )
 
 
-def _pelvis(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
+def _pelvis(canvas: Canvas, ids: Ids) -> None:
     grow = 1.0 if canvas.habitus.sex == "male" else 1.04
     for side, word in ((-1, "left"), (1, "right")):
         s = side * grow
@@ -278,7 +278,7 @@ def _pelvis(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
         canvas.tube(hip, [(s * 60, -30, -164), (s * 34, 12, -150), (s * 10, 40, -136)], [10, 7, 9])
 
 
-def _shoulders(canvas: Canvas, wall: Wall, ids) -> None:  # type: ignore[no-untyped-def]
+def _shoulders(canvas: Canvas, wall: Wall, ids: Ids) -> None:
     coarse = max(canvas.geometry.spacing)
     for side, word in ((-1, "left"), (1, "right")):
         canvas.tube(
@@ -314,7 +314,7 @@ def _shoulders(canvas: Canvas, wall: Wall, ids) -> None:  # type: ignore[no-unty
         )
 
 
-def _head(canvas: Canvas, ids) -> None:  # type: ignore[no-untyped-def]
+def _head(canvas: Canvas, ids: Ids) -> None:
     canvas.ellipsoid(ids("brain"), (0, 20, 668), (66, 84, 68), rough=0.01)
     canvas.ellipsoid(ids("brain"), (0, -30, 612), (46, 34, 30))
     canvas.ellipsoid(ids("skull"), (0, 20, 666), (73, 92, 77))
