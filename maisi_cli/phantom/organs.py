@@ -241,7 +241,7 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids: Ids, rng: n
         turn_deg=(0, -12, 0),
         where=lobe,
     )
-    spleen = float(np.clip(1 + 0.14 * rng.normal(), 0.7, 1.4))
+    spleen = float(np.clip(1 + 0.12 * rng.normal(), 0.82, 1.35))
     canvas.ellipsoid(
         ids("spleen"),
         (-104, -20, 176),
