@@ -27,13 +27,18 @@ TEXT = (226, 229, 234)
 FAINT = (139, 146, 158)
 BODY_LINE = (150, 160, 176)
 WIDTH_PX = 1320
+LEAST_WIDTH_PX = 960
 ROW_LIMIT_PX = 620
+ROWS_LIMIT_PX = 1420
 MARGIN_PX = 18
 GAP_PX = 10
 FILL_OPACITY = 0.38
 LINE_OPACITY = 0.95
 LUNG_SHARE = 0.02
 LEGEND_ROWS = 2
+
+Swatches = list[list[tuple[str, tuple[int, int, int]]]]
+"""Rows of (name, colour)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +61,12 @@ PLANES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A range of intensities shown from black to white."""
+    """A range of intensities shown from black to white, in planes of its own where `through` is given."""
 
     name: str
     low: float
     high: float
+    through: tuple[int, int, int] | None = None
 
 
 def preview(
@@ -87,34 +93,44 @@ def draw(image: Volume | None, mask: Mask | None, *, title: str = "") -> Image.I
     where = centre(image, mask)
     fov = geometry.fov_mm
     space = WIDTH_PX - 2 * MARGIN_PX - 2 * GAP_PX
-    scale = min(space / sum(fov[p.columns] for p in PLANES), ROW_LIMIT_PX / max(fov[p.rows] for p in PLANES))
-    sizes = [(max(8, round(fov[p.columns] * scale)), max(8, round(fov[p.rows] * scale))) for p in PLANES]
-    row_height = max(height for _, height in sizes)
     windows: list[Window | None] = [*windows_of(image, mask)]
     if mask is not None:
         windows.append(None)
+    limit = min(ROW_LIMIT_PX, ROWS_LIMIT_PX / len(windows))
+    scale = min(space / sum(fov[p.columns] for p in PLANES), limit / max(fov[p.rows] for p in PLANES))
+    sizes = [(max(8, round(fov[p.columns] * scale)), max(8, round(fov[p.rows] * scale))) for p in PLANES]
+    row_height = max(height for _, height in sizes)
     small, normal, large = (ImageFont.load_default(size) for size in (13, 14, 20))
-    head, foot = 54, 0
-    legend = _legend(mask, where, normal) if mask is not None else []
-    if legend:
-        foot = 14 + 24 * len(legend)
     content = sum(width for width, _ in sizes) + 2 * GAP_PX
-    width = max(content + 2 * MARGIN_PX, 920)
+    width = max(content + 2 * MARGIN_PX, LEAST_WIDTH_PX)
+    legend = _legend(mask, where, normal, width - 2 * MARGIN_PX) if mask is not None else []
+    head, foot = 54, 14 + 24 * len(legend) if legend else 0
     height = head + len(windows) * (row_height + GAP_PX) - GAP_PX + foot + MARGIN_PX
     picture = Image.new("RGB", (width, height), BACKGROUND)
     pen = ImageDraw.Draw(picture)
-    pen.text((MARGIN_PX, 27), title or _name(image, mask), font=large, fill=TEXT, anchor="lm")
-    pen.text((width - MARGIN_PX, 28), _grid(item), font=normal, fill=FAINT, anchor="rm")
+    grid = _grid(item)
+    room = width - 2 * MARGIN_PX - 30 - normal.getlength(grid)
+    pen.text(
+        (MARGIN_PX, 27),
+        _shorten(title or _name(image, mask), large, room),
+        font=large,
+        fill=TEXT,
+        anchor="lm",
+    )
+    pen.text((width - MARGIN_PX, 28), grid, font=normal, fill=FAINT, anchor="rm")
     left = (width - content) // 2
     for row, window in enumerate(windows):
         x, top = left, head + row * (row_height + GAP_PX)
         for plane, size in zip(PLANES, sizes, strict=True):
             y = top + (row_height - size[1]) // 2
-            base = _image_panel(image, plane, where, size, window or _first(windows))
+            through = window.through if window is not None and window.through is not None else where
+            base = _image_panel(image, plane, through, size, window or windows[0])
             if window is None and mask is not None:
-                base = _overlay(base, mask, plane, where, size, opaque=image is None)
+                base = _overlay(base, mask, plane, through, size, opaque=image is None)
             picture.paste(base, (x, y))
-            _annotate(pen, plane, (x, y), size, small, _caption(plane, window, first=plane is PLANES[0]))
+            number = f"{plane.name} {through[plane.across] + 1}/{geometry.size[plane.across]}"
+            caption = number if plane is not PLANES[0] else f"{number}\n{_shown(window)}"
+            _annotate(pen, plane, (x, y), size, small, caption)
             x += size[0] + GAP_PX
         if row == 0:
             _scale_bar(pen, left, top + (row_height + sizes[0][1]) // 2, sizes[0][0], scale, small)
@@ -145,9 +161,14 @@ def centre(image: Volume | None, mask: Mask | None) -> tuple[int, int, int]:
         )
         chosen = image.array > level
     size = item.geometry.size
-    if chosen is None or not chosen.any():
-        return size[0] // 2, size[1] // 2, size[2] // 2
+    return _middle(chosen) if chosen is not None else _middle(np.zeros(size, dtype=bool))
+
+
+def _middle(chosen: NDArray[np.bool_]) -> tuple[int, int, int]:
+    size = chosen.shape
     total = int(np.count_nonzero(chosen))
+    if not total:
+        return size[0] // 2, size[1] // 2, size[2] // 2
     middle = []
     for axis, n in enumerate(size):
         others = tuple(other for other in range(3) if other != axis)
@@ -163,15 +184,16 @@ def windows_of(image: Volume | None, mask: Mask | None) -> list[Window]:
     if image.modality.startswith("ct"):
         windows = [Window(name="soft tissue", low=SOFT_TISSUE_HU[0], high=SOFT_TISSUE_HU[1])]
         if mask is not None:
-            lung = np.zeros(256, dtype=bool)
-            lung[list(maisi().ids("lung"))] = True
             counts = mask.counts()
-            if counts[lung].sum() > LUNG_SHARE * max(1, int(counts[1:].sum())):
-                windows.append(Window(name="lung", low=LUNG_HU[0], high=LUNG_HU[1]))
+            sides = [list(ids) for ids in ((30, 31, 32), (28, 29))]  # right, left
+            if sum(counts[ids].sum() for ids in sides) > LUNG_SHARE * max(1, int(counts[1:].sum())):
+                larger = max(sides, key=lambda ids: int(counts[ids].sum()))
+                through = _middle(np.isin(mask.array, larger))
+                windows.append(Window(name="lung", low=LUNG_HU[0], high=LUNG_HU[1], through=through))
         return windows
     values = image.array[image.array > image.array.min()]
     low, high = (float(v) for v in np.percentile(values, (1, 99.5))) if values.size else (0.0, 1.0)
-    return [Window(name="1st to 99.5th percentile", low=low, high=max(high, low + 1e-6))]
+    return [Window(name="percentiles 1 to 99.5:", low=low, high=max(high, low + 1e-6))]
 
 
 def cut(array: NDArray[Any], plane: Plane, where: tuple[int, int, int]) -> NDArray[Any]:
@@ -180,10 +202,6 @@ def cut(array: NDArray[Any], plane: Plane, where: tuple[int, int, int]) -> NDArr
     index[plane.across] = where[plane.across]
     flat = array[tuple(index)]  # the two axes that remain are in order: columns, rows
     return np.ascontiguousarray(flat.T[::-1, ::-1])
-
-
-def _first(windows: list[Window | None]) -> Window | None:
-    return windows[0]
 
 
 def _image_panel(
@@ -263,7 +281,8 @@ def _annotate(
     caption: str,
 ) -> None:
     (x, y), (width, height) = corner, size
-    _text(pen, (x + 8, y + 7), caption, font, "la")
+    for number, line in enumerate(caption.splitlines()):
+        _text(pen, (x + 8, y + 7 + 18 * number), line, font, "la")
     left, right, _, bottom = plane.sides
     _text(pen, (x + 8, y + height // 2), left, font, "lm")
     _text(pen, (x + width - 8, y + height // 2), right, font, "rm")
@@ -274,11 +293,14 @@ def _text(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, font: Any, a
     pen.text(at, text, font=font, fill=TEXT, anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0))
 
 
-def _caption(plane: Plane, window: Window | None, *, first: bool) -> str:
-    if not first:
-        return plane.name
-    shown = "labels" if window is None else f"{window.name}, {window.low:.0f} to {window.high:.0f}"
-    return f"{plane.name}  |  {shown}"
+def _shown(window: Window | None) -> str:
+    return "labels" if window is None else f"{window.name} {window.low:.0f} to {window.high:.0f}"
+
+
+def _shorten(text: str, font: Any, room: float) -> str:
+    while text and font.getlength(text) > room:
+        text = text.removesuffix("...")[:-1].rstrip() + "..." if len(text) > 4 else ""
+    return text
 
 
 def _scale_bar(pen: ImageDraw.ImageDraw, left: int, bottom: int, width: int, scale: float, font: Any) -> None:
@@ -290,9 +312,7 @@ def _scale_bar(pen: ImageDraw.ImageDraw, left: int, bottom: int, width: int, sca
     _text(pen, (right - length // 2, y - 6), f"{length_mm} mm", font, "ms")
 
 
-def _legend(
-    mask: Mask, where: tuple[int, int, int], font: Any
-) -> list[list[tuple[str, tuple[int, int, int]]]]:
+def _legend(mask: Mask, where: tuple[int, int, int], font: Any, room: int) -> Swatches:
     """Return rows of (name, colour): the labels that cover most of the three slices, as many as fit."""
     area = np.zeros(256, dtype=np.int64)
     for plane in PLANES:
@@ -301,13 +321,13 @@ def _legend(
     vocabulary = maisi()
     tumors = {label.id for label in vocabulary.tumors()}
     order = sorted(np.flatnonzero(area), key=lambda label: (int(label) not in tumors, -int(area[label])))
-    rows: list[list[tuple[str, tuple[int, int, int]]]] = [[]]
+    rows: Swatches = [[]]
     used = 0.0
     for value in order:
         label = vocabulary.get(int(value))
         name = vocabulary.name_of(int(value))
         need = font.getlength(name) + 40
-        if used + need > WIDTH_PX - 2 * MARGIN_PX - 60:
+        if used + need > room + 20:
             if len(rows) == LEGEND_ROWS:
                 break
             rows.append([])
@@ -319,7 +339,7 @@ def _legend(
 
 def _draw_legend(
     pen: ImageDraw.ImageDraw,
-    rows: list[list[tuple[str, tuple[int, int, int]]]],
+    rows: Swatches,
     corner: tuple[int, int],
     font: Any,
 ) -> None:

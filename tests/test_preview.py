@@ -144,3 +144,17 @@ def test_the_file_is_a_png_that_is_not_overwritten(tmp_path):
     assert path.read_bytes() == first
     with pytest.raises(ValueError, match="image or a mask"):
         draw(None, None)
+
+
+def test_nothing_is_cut_off_at_the_right_however_narrow_the_picture():
+    geometry = Geometry(size=(12, 12, 60), spacing=(2.0, 2.0, 10.0))
+    array = np.repeat(np.arange(1, 61, dtype=np.uint8), 144).reshape(60, 12, 12).transpose(1, 2, 0)
+    mask = Mask(array=np.ascontiguousarray(array), geometry=geometry)
+    picture = pixels(draw(None, mask, title="a title that is far too long for a picture of this width " * 3))
+    assert (picture[:, -16:] == picture[0, 0]).all()
+
+
+def test_lungs_are_cut_through_the_larger_lung():
+    mask = body(28, 28, 32)  # two blocks of left lung, one of right lung
+    _, window = windows_of(ct(mask), mask)
+    assert window.through == (14, 14, 10)
