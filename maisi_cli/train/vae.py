@@ -30,6 +30,8 @@ class VaeTask:
         self.settings = settings
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(find_model(settings.model).networks["vae"])
+        # start with a narrow posterior (sigma = exp(-3)): learning does not begin under noise as strong as the latent
+        nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, -6.0)  # type: ignore[union-attr, arg-type]
         if settings.init:
             self.network.load_state_dict({key: value.float() for key, value in load_state(Path(settings.init)).tensors.items()})
         training, held = split(read_list(data))
@@ -50,8 +52,7 @@ class VaeTask:
             for axis in range(3):
                 if rng.random() < 0.5:
                     patch = np.flip(patch, axis)
-            scale, shift = rng.uniform(0.95, 1.05), rng.uniform(-0.02, 0.02)
-            patches.append(np.clip((intensity(patch.astype(np.float32)) - 0.5) * scale + 0.5 + shift, 0, 1)[None])
+            patches.append(intensity(np.ascontiguousarray(patch))[None])
         return {"image": torch.from_numpy(np.stack(patches))}
 
     def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:

@@ -1,0 +1,105 @@
+"""From a latent to an image: the VAE's decoder on the whole volume, or on overlapping windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .catalog import modality as find_modality
+from .errors import UsageError
+from .events import OnEvent, Step, ignore
+from .networks import Networks
+
+CT_RANGE_HU = (-1000.0, 1000.0)
+
+
+def decode(
+    networks: Networks, latent: Tensor, *, decoder: str = "exact", window: Sequence[int] | None = None, overlap: float = 0.4,
+    on_event: OnEvent = ignore,
+) -> Tensor:  # fmt: skip
+    """Decode a latent (1, 4, x, y, z) to intensities (1, 1, 4x, 4y, 4z) in float32; the latent is divided by the scale.
+
+    `exact` decodes the whole volume at once. `window` decodes windows of `window` latent voxels that overlap by the share
+    `overlap`, blended with a Gaussian; every window has GroupNorm statistics of its own, so seams can show. Raises
+    `UsageError` for a window that is not positive or an overlap outside [0, 1).
+    """
+    z = latent.to(networks.device) / networks.scale_factor
+    vae = networks.parts["vae"]
+
+    def call(part: Tensor) -> Tensor:
+        with torch.inference_mode(), networks.precision(networks.device):
+            made: Tensor = vae.decode_stage_2_outputs(part)  # type: ignore[operator]
+        return made.float()
+
+    if decoder == "exact":
+        return call(z)
+    if decoder != "window":
+        raise UsageError(f"there is no decoder {decoder!r}", hint="use --decoder auto, exact or window")
+    if window is None or min(window) < 1:
+        raise UsageError("the window decoder needs a window in latent voxels", hint="add --window 64x64x48")
+    if not 0 <= overlap < 1:
+        raise UsageError(f"overlap is {overlap:g}", hint="use a share from 0 to below 1, such as --overlap 0.4")
+    return decode_window(call, z, window, overlap, on_event=on_event)
+
+
+def decode_window(call, z: Tensor, window: Sequence[int], overlap: float, *, on_event: OnEvent = ignore) -> Tensor:  # type: ignore[no-untyped-def]
+    """Blend `call(part)` over windows of the latent as MONAI's `SlidingWindowInferer` does (Gaussian, sigma 0.125)."""
+    from monai.inferers.inferer import SlidingWindowInferer
+
+    roi = [min(int(w), int(n)) for w, n in zip(window, z.shape[2:], strict=True)]
+    total = _windows(z.shape[2:], roi, overlap)
+    done = 0
+
+    def counted(part: Tensor) -> Tensor:
+        nonlocal done
+        made: Tensor = call(part)
+        done += 1
+        on_event(Step(stage="decode", done=min(done, total), total=total))
+        return made
+
+    inferer = SlidingWindowInferer(roi_size=roi, sw_batch_size=1, overlap=overlap, mode="gaussian", padding_mode="constant",
+                                   progress=False, sw_device=z.device, device=z.device)  # fmt: skip
+    return inferer(z, counted).float()  # type: ignore[union-attr, arg-type]
+
+
+def _windows(size: Sequence[int], roi: Sequence[int], overlap: float) -> int:
+    total = 1
+    for n, r in zip(size, roi, strict=True):
+        step = r if r == n else max(1, int(r * (1 - overlap)))
+        total *= -(-(n - r) // step) + 1
+    return total
+
+
+def reference_decoder(latent_size: Sequence[int], window: Sequence[int]) -> str:
+    """Return which decoder the reference uses: whole when the latent has no more voxels than the window."""
+    return "exact" if int(np.prod(latent_size)) <= int(np.prod(window)) else "window"
+
+
+def check_splits(size_y: int, splits: int, *, levels: int = 3) -> None:
+    """Refuse a number of splits along Y that would drop rows or crash: every level must divide, with slabs of 3 or more.
+
+    `size_y` is the latent's extent. Raises `UsageError` naming the valid numbers.
+    """
+
+    def valid(n: int) -> bool:
+        return n == 1 or (size_y % n == 0 and size_y // n >= 3)
+
+    if splits < 1 or not valid(splits):
+        allowed = [n for n in (1, 2, 4, 8, 16) if valid(n)]
+        raise UsageError(f"{splits} splits do not divide a latent of {size_y} rows into slabs of at least 3",
+                         hint=f"use --splits {', '.join(map(str, allowed))}")  # fmt: skip
+
+
+def to_hu(intensity: Tensor, modality: str) -> NDArray[np.float32]:
+    """Return intensities as HU (CT: [0, 1] to [-1000, 1000], clipped) or MR units (times 1000, clipped at 0 below).
+
+    Takes (1, 1, X, Y, Z), returns (X, Y, Z) float32.
+    """
+    array: NDArray[np.float32] = intensity[0, 0].float().cpu().numpy()
+    if find_modality(modality).kind == "ct":
+        return np.asarray(np.clip(array, 0, 1) * 2000 - 1000, dtype=np.float32)
+    return np.asarray(np.maximum(array, 0) * 1000, dtype=np.float32)

@@ -1,0 +1,448 @@
+"""The settings of `generate`: where each value comes from, what it hides, and what it must look like.
+
+Weakest to strongest: built-in default, model, user config, project `maisi.toml`, region preset, GPU preset, environment
+(`MAISI_STEPS=20`), `--set key=value`, flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, unknown
+from .geometry import Geometry, format_triple, parse_mm, parse_size
+
+ENVIRONMENT_PREFIX = "MAISI_"
+# environment variables that are not settings of generate
+_OTHER_VARIABLES = {"MAISI_HOME", "MAISI_DEBUG", "MAISI_LOAD_PLUGINS", "MAISI_TRACE_PLUGINS", "MAISI_CONFIG", "MAISI_OFFLINE"}
+PROJECT_FILE = "maisi.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """Everything that decides what `generate` makes and how; see `maisi generate --help`.
+
+    `size` in voxels, `spacing` and `fov` in mm; `window` in latent voxels; `seed` None draws one.
+    """
+
+    preset: str = "chest-abdomen"
+    gpu: str = "auto"
+    model: str = "auto"
+    mode: str = "paired"
+    size: tuple[int, int, int] | None = None
+    spacing: tuple[float, float, float] | None = None
+    fov: tuple[float, float, float] | None = None
+    regions: tuple[str, ...] = ()
+    anatomy: tuple[str, ...] = ()
+    mask: str | None = None
+    labels: str = "maisi"
+    mask_source: str = "auto"
+    modality: str = "ct"
+    cfg_modality: float = 0.0
+    scheduler: str = "rflow"
+    steps: int = 30
+    count: int = 1
+    seed: int | None = None
+    name: str = "{preset}-{model}-seed{seed}-{index:03d}"
+    out: str = "."
+    format: tuple[str, ...] = ("nifti",)
+    preview: bool = True
+    keep_latent: bool = False
+    force: bool = False
+    resume: bool = False
+    shard: str | None = None
+    decoder: str = "auto"
+    window: tuple[int, int, int] | None = None
+    overlap: float = 0.4
+    dtype: str = "auto"
+    device: str = "auto"
+    executor: str = "local"
+    on_qc_fail: str = "retry"
+    retries: int = 3
+    compat: str | None = None
+    offline: bool = False
+    allow_ood: bool = False
+    allow_missing_body: bool = False
+
+    def geometry(self) -> Geometry:
+        """Return the volume to make. Raises `UsageError` when it is not determined."""
+        return Geometry.parse(size=self.size, spacing=self.spacing, fov=self.fov)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A value, where it comes from, and the weaker values that it hides, as (value, origin)."""
+
+    value: Any
+    origin: str
+    hides: tuple[tuple[Any, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One source of values."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """The settings, the origin of each, and notes on choices that were made for the user."""
+
+    settings: GenerateSettings
+    origins: Mapping[str, Setting]
+    notes: tuple[str, ...] = field(default=())
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return tuple(str(part).strip() for part in parts if str(part).strip())
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().casefold()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("use true or false")
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, float) and value != int(value):
+            raise ValueError("it must be a whole number")
+        number = int(value)
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"it must lie in {low}..{high}" if high is not None else f"it must be at least {low}")
+        return number
+
+    return parse
+
+
+def _number(low: float, high: float | None = None) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        number = float(value)
+        if not number >= low or (high is not None and number >= high):
+            raise ValueError(f"it must lie in {low:g}..{high:g}" if high is not None else f"it must be at least {low:g}")
+        return number
+
+    return parse
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        text = str(value)
+        if text not in allowed:
+            from .errors import nearest
+
+            close = nearest(text, allowed)
+            raise ValueError(f"use {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return text
+
+    return parse
+
+
+def _window(value: Any) -> tuple[int, int, int]:
+    return parse_size(value)
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "mode": _one_of("paired", "image", "mask"), "size": parse_size, "spacing": parse_mm,
+    "fov": lambda value: parse_mm(value, "fov"), "regions": _words, "anatomy": _words, "cfg_modality": _number(0),
+    "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _words, "preview": _truth,
+    "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
+    "window": _window, "overlap": _number(0, 1), "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
+    "on_qc_fail": _one_of("retry", "drop", "keep"), "retries": _whole(0, 100), "compat": _one_of("reference"),
+    "offline": _truth, "allow_ood": _truth, "allow_missing_body": _truth,
+}  # fmt: skip
+KEYS = tuple(each.name for each in dataclasses.fields(GenerateSettings))
+_TABLES = ("volume", "anatomy", "execution", "generate", "sampling", "output")
+
+
+def parse_value(key: str, value: Any, origin: str) -> Any:
+    """Check and convert one value. Raises `UsageError` that names the key and its origin."""
+    if key not in KEYS:
+        raise unknown("setting", key, KEYS, see="maisi generate --help")
+    if value is None:
+        return None
+    try:
+        return _PARSERS.get(key, str)(value)
+    except UsageError as error:
+        raise UsageError(f"{error.message} (from {origin})", hint=error.hint) from error
+    except (TypeError, ValueError) as error:
+        flag = "--" + key.replace("_", "-")
+        raise UsageError(f"{flag} {value!r} ({origin}) is not valid", hint=str(error)) from error
+
+
+def flatten(tables: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return the settings of a TOML document: keys at its top level or in its tables."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping) and key in _TABLES:
+            flat.update({inner: each for inner, each in value.items()})
+        elif key not in ("schema",):
+            flat[key] = value
+    return {key.replace("-", "_"): parse_value(key.replace("-", "_"), value, origin) for key, value in flat.items()}
+
+
+def read_config(path: Path, origin: str) -> Layer | None:
+    """Return the layer of a config file, or None when there is none. Raises `UsageError` for a wrong one."""
+    if not path.is_file():
+        return None
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", hint="correct the file") from error
+    return Layer(origin=origin, values=flatten(data, str(path)))
+
+
+def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Parse `--set key=value` texts; values are TOML, bare words are strings. A table prefix (`volume.size`) may stand."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, raw = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text!r} has no value", hint="write it like --set steps=20")
+        name = key.strip().removeprefix("generate.").split(".")[-1].replace("-", "_")
+        values[name] = toml_value(raw.strip())
+    return values
+
+
+def toml_value(raw: str) -> Any:
+    """Return a TOML value; what is not valid TOML is taken as a string."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def environment_layer(environment: Mapping[str, str] | None = None) -> Layer:
+    """Return the layer of `MAISI_*` variables. Raises `UsageError` for one that is no setting."""
+    values: dict[str, Any] = {}
+    for variable, raw in (os.environ if environment is None else environment).items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES - {"MAISI_OFFLINE"}:
+            continue
+        key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key not in KEYS:
+            raise unknown("environment setting", variable, [ENVIRONMENT_PREFIX + each.upper() for each in KEYS],
+                          see="maisi generate --help")  # fmt: skip
+        values[key] = parse_value(key, raw, f"environment {variable}")
+    return Layer(origin="environment", values=values)
+
+
+def config_path() -> Path:
+    """Return the user's config file: `MAISI_CONFIG`, or `config.toml` in this user's config folder."""
+    own = os.environ.get("MAISI_CONFIG")
+    if own:
+        return Path(own)
+    from platformdirs import user_config_path
+
+    return user_config_path("maisi", appauthor=False) / "config.toml"
+
+
+def resolve(
+    flags: Mapping[str, Any] | None = None, *, assignments: Sequence[str] = (), config: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None, folder: Path | None = None,
+) -> Resolved:  # fmt: skip
+    """Return the settings of one run from all layers.
+
+    `flags` are keyword values (None means not given); `config` are the settings of a record that is run again, as strong
+    as flags but below them. Raises `UsageError` for whatever is wrong, before anything heavy is loaded.
+    """
+    from . import catalog, presets
+
+    given = {key: parse_value(key, value, "command line") for key, value in (flags or {}).items() if value is not None}
+    sets = {key: parse_value(key, value, "--set") for key, value in parse_assignments(assignments).items()}
+    repeated = {key: parse_value(key, value, "record") for key, value in (config or {}).items() if value is not None}
+    top = [Layer(origin="record", values=repeated), Layer(origin="--set", values=sets), Layer(origin="command line", values=given)]
+    bottom = [
+        layer for layer in (read_config(config_path(), "user config"), read_config((folder or Path()) / PROJECT_FILE, PROJECT_FILE))
+        if layer
+    ]  # fmt: skip
+    middle = environment_layer(environment)
+    defaults = Layer(origin="default", values={key.name: key.default for key in dataclasses.fields(GenerateSettings)})
+
+    def pick(key: str, layers: Sequence[Layer]) -> Any:
+        return next((layer.values[key] for layer in reversed(layers) if key in layer.values), None)
+
+    outer = [defaults, *bottom, middle, *top]
+    own_mask = pick("mask", outer) is not None
+    region = presets.preset(str(pick("preset", outer)), "region")
+    region_layer = Layer(origin=f"preset {region.name}", values=_preset_values(region))
+    if own_mask:  # the mask brings its grid: a preset only gives what the mask does not know
+        region_layer = dataclasses.replace(region_layer, values={k: v for k, v in region_layer.values.items() if k not in ("size", "spacing")})
+        for key in ("size", "spacing", "fov"):
+            if pick(key, [*bottom, middle, *top]) is not None:
+                raise UsageError(f"--{key} and --mask exclude each other: the image is made on the mask's own grid", hint=f"leave --{key} out")
+    gpu = presets.preset(str(pick("gpu", outer)), "gpu") if pick("gpu", outer) != "auto" else None
+    gpu_layer = Layer(origin=f"preset {gpu.name}" if gpu else "gpu auto", values=_preset_values(gpu) if gpu else {})
+    layers = [defaults, *bottom, region_layer, gpu_layer, middle, *top]
+
+    notes: list[str] = []
+    wanted = str(pick("model", [*bottom, middle, *top]) or "auto")
+    spec, origin = _choose_model(wanted, region, str(pick("mode", layers)), notes)
+    model_layer = Layer(origin=f"model {spec.name}", values=_model_defaults(spec))
+    layers.insert(1, model_layer)
+    typed_model = next((layer.origin for layer in reversed([*bottom, middle, *top]) if layer.values.get("model") not in (None, "auto")), None)
+    layers = [dataclasses.replace(each, values={k: v for k, v in each.values.items() if k != "model"}) for each in layers]
+    layers.append(Layer(origin=typed_model or origin, values={"model": spec.name if not wanted.endswith(".toml") else wanted}))
+
+    origins: dict[str, Setting] = {}
+    for key in KEYS:
+        stack = [(layer.values[key], layer.origin) for layer in layers if key in layer.values and layer.values[key] is not None]
+        if not stack:
+            origins[key] = Setting(value=None, origin="default")
+            continue
+        value, where = stack[-1]
+        hidden = tuple((v, o) for v, o in reversed(stack[:-1]) if o != "default" or v != value)
+        origins[key] = Setting(value=value, origin=where, hides=hidden)
+    if not own_mask:
+        _settle_geometry(origins, [region_layer.origin], spec, notes)
+    _check_names(origins, spec)
+    settings = GenerateSettings(**{key: setting.value for key, setting in origins.items()})
+    return Resolved(settings=settings, origins=origins, notes=tuple(notes))
+
+
+def _preset_values(preset: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for table in preset.values.values():
+        if isinstance(table, Mapping):
+            flat.update(table)
+    return {key: parse_value(key, value, f"preset {preset.name}") for key, value in flat.items() if key in KEYS}
+
+
+def _model_defaults(spec: Any) -> dict[str, Any]:
+    values = {key: value for key, value in spec.defaults.items() if key in KEYS}
+    values.setdefault("scheduler", str(spec.scheduler.get("name", "rflow")))
+    values.setdefault("modality", spec.modality)
+    return {key: parse_value(key, value, f"model {spec.name}") for key, value in values.items()}
+
+
+def _choose_model(wanted: str, region: Any, mode: str, notes: list[str]) -> tuple[Any, str]:
+    """Return the model and where the choice comes from; `auto` takes the preset's model when it is installed."""
+    from . import catalog
+
+    if wanted != "auto":
+        return catalog.model(wanted), "command line"
+    preferred = str(region.values.get("volume", {}).get("model", "rflow-ct"))
+    spec = catalog.model(preferred)
+    if spec.installed(mode):
+        return spec, f"preset {region.name}"
+    small = catalog.model("nano-ct")
+    if spec.modality != small.modality:
+        raise_missing(spec)
+    notes.append(f"model nano-ct is used: {preferred} is not installed (maisi models pull {preferred})")
+    return small, "auto"
+
+
+def raise_missing(spec: Any) -> None:
+    """Raise the error for a model whose weights are not installed."""
+    from .errors import CannotRun
+
+    raise CannotRun(f"model {spec.name} is not installed", hint=f"maisi models pull {spec.name}")
+
+
+def _settle_geometry(origins: dict[str, Setting], preset_origins: Sequence[str], spec: Any, notes: list[str]) -> None:
+    """Leave exactly two of size, spacing and fov: what was typed wins; a preset's field of view is kept.
+
+    A size from a preset is scaled to the model's limits at constant field of view; a typed size never is.
+    """
+    names = ("size", "spacing", "fov")
+    typed = [name for name in names if origins[name].value is not None and origins[name].origin not in preset_origins]
+    base_size, base_spacing = (_layer_value(origins[name], preset_origins) for name in ("size", "spacing"))
+    if base_size is None or base_spacing is None:
+        if len(typed) < 2:
+            raise UsageError("the volume is not determined", hint="give two of --size, --spacing and --fov, or a --preset")
+        base = None
+    else:
+        base = Geometry(size=base_size, spacing=base_spacing)
+    if len(typed) >= 2:
+        values = {name: origins[name].value if name in typed else None for name in names}
+        made = Geometry.parse(**values)
+    elif typed == ["size"]:
+        made = Geometry.parse(size=origins["size"].value, fov=base.fov_mm)  # type: ignore[union-attr]
+    elif typed == ["spacing"]:
+        made = Geometry.parse(size=spec.scaled(base).size, spacing=origins["spacing"].value)
+    elif typed == ["fov"]:
+        made = Geometry.parse(size=spec.scaled(base).size, fov=origins["fov"].value)
+    else:
+        assert base is not None
+        made = spec.scaled(base)
+        if made.size != base.size:
+            notes.append(f"volume scaled to {spec.name}: {made}, from {format_triple(base.size)}")
+            origins["size"] = Setting(value=made.size, origin=f"model {spec.name}", hides=((base.size, preset_origins[0]),))
+            origins["spacing"] = Setting(value=made.spacing, origin=f"model {spec.name}", hides=((base.spacing, preset_origins[0]),))
+    for name, value in (("size", made.size), ("spacing", made.spacing)):
+        if name not in typed and origins[name].value != value:
+            origins[name] = Setting(value=value, origin="derived", hides=((origins[name].value, origins[name].origin),) if origins[name].value else ())
+    origins["fov"] = Setting(value=made.fov_mm, origin=origins["fov"].origin if "fov" in typed else "derived")
+
+
+def _layer_value(setting: Setting, preset_origins: Sequence[str]) -> Any:
+    for value, origin in ((setting.value, setting.origin), *setting.hides):
+        if origin in preset_origins:
+            return value
+    return None
+
+
+def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
+    """Check what is a name of something registered, and what the model must know."""
+    from . import catalog
+    from .anatomy import maisi, region_index
+    from .plugins import plugins
+
+    registered = plugins()
+    registered.registry("samplers").entry(str(origins["scheduler"].value))
+    registered.registry("executors").entry(str(origins["executor"].value))
+    for name in origins["format"].value:
+        registered.registry("formats").entry(name)
+    if origins["mask_source"].value != "auto":
+        registered.registry("mask_sources").entry(str(origins["mask_source"].value))
+    for name in origins["anatomy"].value:
+        maisi().id(name)
+    for region in origins["regions"].value:
+        region_index(region)
+    shard = origins["shard"].value
+    if shard is not None:
+        parse_shard(str(shard))
+    kind = catalog.modality(str(origins["modality"].value))
+    spec.check_modality(kind.name)
+    spec.check_mode(str(origins["mode"].value))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse `i/n`, 1 <= i <= n. Raises `UsageError`."""
+    left, slash, right = text.partition("/")
+    if not slash or not left.isdigit() or not right.isdigit() or not 1 <= int(left) <= int(right):
+        raise UsageError(f"--shard {text!r} is not a share of the samples", hint="write it like --shard 3/16")
+    return int(left), int(right)
+
+
+def explain(resolved: Resolved, *, everything: bool = False) -> list[tuple[str, str, str]]:
+    """Return rows (key, value, origin and what it hides) for `--dry-run`; without `everything`, defaults are left out."""
+    rows = []
+    for key in KEYS:
+        setting = resolved.origins[key]
+        if setting.value is None or (setting.origin == "default" and not setting.hides and not everything):
+            continue
+        hides = "; ".join(f"{show(value)} ({origin})" for value, origin in setting.hides if value is not None)
+        rows.append((key, show(setting.value), setting.origin + (f"   hides {hides}" if hides else "")))
+    return rows
+
+
+def show(value: Any) -> str:
+    """Return a value as it would be typed."""
+    if isinstance(value, tuple) and value and all(isinstance(each, (int, float)) for each in value):
+        return format_triple(round(each, 5) if isinstance(each, float) else each for each in value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
