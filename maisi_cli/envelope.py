@@ -49,7 +49,7 @@ def add_body(
     dark = image.array < hu
     air = close(largest(dark), closing) & ~labelled
     body = dilate(largest(erode(~air, bed, outside=False)), bed)
-    body = close(body, closing) | labelled
+    body = close(body, closing)
     labels = mask.array.copy()
     labels[body & ~labelled] = BODY
     removed = 0

@@ -357,7 +357,8 @@ def border_steps(image: Volume, mask: Mask) -> tuple[NDArray[np.float64], NDArra
             there = tuple(slice(step, None) if a == axis else slice(None) for a in range(3))
             border = np.nonzero(labels[here] != labels[there])
             a, b = labels[here][border].astype(np.int64), labels[there][border].astype(np.int64)
-            difference = hu[here][border].astype(np.float64) - hu[there][border]
+            with np.errstate(invalid="ignore"):
+                difference = hu[here][border].astype(np.float64) - hu[there][border]
             good = np.isfinite(difference)
             a, b, difference = a[good], b[good], difference[good]
             for pair, sign in ((a * 256 + b, 1.0), (b * 256 + a, -1.0)):

@@ -366,6 +366,13 @@ def test_resampled_labels_repeat_and_return(size, factor):
     assert finer.geometry.fov_mm == pytest.approx(mask.geometry.fov_mm)
 
 
+def test_coarser_labels_are_those_at_the_voxel_centres():
+    labels = np.arange(6, dtype=np.uint8).reshape(6, 1, 1)
+    mask = Mask(array=labels, geometry=Geometry(size=(6, 1, 1), spacing=(1.0, 1.0, 1.0)))
+    assert resample_labels(mask, (2, 1, 1)).array.ravel().tolist() == [1, 4]
+    assert resample_labels(mask, (3, 1, 1)).geometry.spacing == (2.0, 1.0, 1.0)
+
+
 def test_different_grids_are_shown_side_by_side():
     image, mask = small_volume(), small_mask((6, 7, 9))
     require_same_grid(image, small_mask())
