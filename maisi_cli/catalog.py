@@ -173,12 +173,12 @@ class ModelSpec:
         """Refuse what the model cannot make, and return warnings about what `allow_ood` lets pass.
 
         Raises `UsageError` naming the nearest valid size, the model that supports the modality, or the flag that allows
-        an out-of-distribution field of view. `own_mask` allows any size up to the limits, since it is padded inside.
+        an out-of-distribution field of view. `own_mask` allows any size, since it is padded inside, and up to twice `size_max`.
         """
         self.check_mode(mode)
         self.check_modality(modality)
         limits, size = self.limits, geometry.size
-        fits = self.valid_size(size) or (own_mask and limits.pads and max(size) <= limits.size_max)
+        fits = self.valid_size(size) or (own_mask and limits.pads and max(size) <= 2 * limits.size_max)
         if not fits:
             near = " or ".join(f"{format_triple(g.size)} (spacing {_mm(g.spacing)} mm)" for g in self.nearest(geometry))
             raise UsageError(f"model {self.name} cannot make {format_triple(size)}", hint=f"the nearest sizes at this field of view are {near}")

@@ -48,7 +48,7 @@ class GenerateSettings:
     steps: int = 30
     count: int = 1
     seed: int | None = None
-    name: str = "{preset}-{model}-seed{seed}-{index:03d}"
+    name: str = "{stem}-{model}-seed{seed}-{index:03d}"
     out: str = "."
     format: tuple[str, ...] = ("nifti",)
     preview: bool = True
@@ -335,7 +335,7 @@ def _choose_model(wanted: str, region: Any, mode: str, notes: list[str]) -> tupl
         return catalog.model(wanted), "command line"
     preferred = str(region.values.get("volume", {}).get("model", "rflow-ct"))
     spec = catalog.model(preferred)
-    if spec.installed(mode):
+    if spec.installed(mode if mode in spec.modes and mode != "mask" else spec.modes[0]):
         return spec, f"preset {region.name}"
     small = catalog.model("nano-ct")
     if spec.modality != small.modality:

@@ -31,7 +31,7 @@ class TrainSettings:
     steps: int = 1000
     max_minutes: float | None = None
     batch_size: int = 1
-    crop: tuple[int, int, int] = (64, 64, 64)
+    crops: tuple[tuple[int, int, int], ...] = ((64, 64, 64),)
     whole_share: float = 0.0
     lr: float = 1e-4
     final_lr: float = 0.02
@@ -81,10 +81,14 @@ def settings_from(kind: str, preset: str | Path, overrides: Mapping[str, Any] | 
     for key in table:
         if key not in known:
             raise unknown("training setting", key, known, see="maisi train --help")
-    table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    table = {key: _frozen(value) for key, value in table.items()}
     if table.setdefault("kind", kind) != kind:
         raise UsageError(f"preset {preset} trains {table['kind']}, not {kind}", hint=f"use  maisi train {table['kind']}")
     return TrainSettings(**table)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
 
 
 def train(

@@ -89,11 +89,11 @@ class DiffusionTask:
         """Nothing frozen to move."""
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        """Draw whole volumes (a share `whole_share`, one at a time) or crops of `crop` latent voxels."""
+        """Draw whole volumes (a share `whole_share`, one at a time) or one of `crops`, in latent voxels."""
         chosen = [self.cases[int(rng.integers(len(self.cases)))] for _ in range(self.settings.batch_size)]
         if rng.random() < self.settings.whole_share:
             return self._stack(chosen[:1], None, rng)
-        return self._stack(chosen, self.settings.crop, rng)
+        return self._stack(chosen, self.settings.crops[int(rng.integers(len(self.settings.crops)))], rng)
 
     def _stack(self, cases: Sequence[Encoded], crop: tuple[int, int, int] | None, rng: np.random.Generator) -> dict[str, Tensor]:
         latents, labels = [], []

@@ -36,17 +36,18 @@ class VaeTask:
             self.network.load_state_dict({key: value.float() for key, value in load_state(Path(settings.init)).tensors.items()})
         training, held = split(read_list(data))
         self.volumes = [_load(case.image, case.id) for case in training]
-        self.held = [_load(case.image, case.id) for case in held[:4]]
+        self.held = [_load(case.image, case.id) for case in held[:2]]
 
     def to(self, device: torch.device) -> None:
         """Nothing frozen to move."""
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        """Draw random patches, flipped at random; patches of air alone are drawn again, up to four times."""
+        """Draw random patches of one of `crops`, flipped at random; patches of air alone are drawn again, up to four times."""
         patches = []
         for _ in range(self.settings.batch_size):
+            size = self.settings.crops[int(rng.integers(len(self.settings.crops)))]
             for _attempt in range(4):
-                patch = _crop(self.volumes[int(rng.integers(len(self.volumes)))], self.settings.crop, rng)
+                patch = _crop(self.volumes[int(rng.integers(len(self.volumes)))], size, rng)
                 if (patch > 0.25).mean() > 0.15:
                     break
             for axis in range(3):
@@ -74,8 +75,8 @@ class VaeTask:
         device = next(network.parameters()).device
         squared, soft, spread = [], [], []
         for volume in self.held:
-            box = tuple(slice((n - min(n, 96)) // 8 * 4, (n - min(n, 96)) // 8 * 4 + min(n, 96)) for n in volume.shape)
-            image = torch.from_numpy(intensity(volume[box].astype(np.float32)))[None, None].to(device)
+            whole = volume[tuple(slice(0, n // 4 * 4) for n in volume.shape)]
+            image = torch.from_numpy(intensity(whole.astype(np.float32)))[None, None].to(device)
             mean, _ = network.encode(image)  # type: ignore[operator]
             made = network.decode(mean).float()  # type: ignore[operator]
             squared.append(float((made - image).square().mean()))

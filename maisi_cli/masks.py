@@ -1,0 +1,109 @@
+"""Where masks come from: a file of the user's, or the procedural phantom.
+
+A source is a function `source(settings, geometry, seed) -> Mask`, registered by name; the mask is in the MAISI
+vocabulary, on a grid of its own (file) or on `geometry`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .anatomy import BODY, maisi, regions_of, remap_table
+from .catalog import ModelSpec
+from .errors import UsageError
+from .events import Note, OnEvent, ignore
+from .geometry import Geometry
+from .settings import GenerateSettings
+from .volumes import Mask, pad, read_mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioned:
+    """A mask as the networks take it: padded to their grid, with the body regions that it shows."""
+
+    mask: Mask
+    padded: Mask
+    top_region: int | None
+    bottom_region: int | None
+
+
+def source_name(settings: GenerateSettings) -> str:
+    """Return the source that `auto` means: the file that is given, else the phantom."""
+    if settings.mask_source != "auto":
+        return settings.mask_source
+    return "file" if settings.mask else "phantom"
+
+
+def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
+    """Read the user's mask and map it to the MAISI vocabulary (`labels` names the vocabulary that it is in).
+
+    Raises `UsageError` when label 200 (body) is missing, unless `allow_missing_body`, and for ids that are unknown.
+    """
+    if not settings.mask:
+        raise UsageError("the mask source `file` needs a mask", hint="add --mask FILE")
+    return load_mask(Path(settings.mask), labels=settings.labels, allow_missing_body=settings.allow_missing_body, on_event=on_event)
+
+
+def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = False, on_event: OnEvent = ignore) -> Mask:
+    """Read a mask, map it from the vocabulary `labels`, and check that it can condition a network."""
+    mask = read_mask(path, on_event=on_event)
+    if labels != "maisi":
+        mask = map_labels(mask, labels, "maisi", on_event=on_event)
+    unknown = [value for value in mask.ids() if value not in maisi()]
+    if unknown:
+        raise UsageError(f"{path} holds ids that MAISI does not have: {', '.join(map(str, unknown[:8]))}",
+                         hint="name its vocabulary, such as --labels totalsegmentator, or see  maisi labels check FILE")  # fmt: skip
+    if BODY not in mask.ids() and not allow_missing_body:
+        raise UsageError(f"{path} has no body envelope (label {BODY}), without which images lose their quality",
+                         hint=f"maisi labels add-body {path} --ct IMAGE -o NEW, or --allow-missing-body")  # fmt: skip
+    return mask
+
+
+def map_labels(mask: Mask, source: str, target: str = "maisi", *, on_event: OnEvent = ignore) -> Mask:
+    """Return the mask in another vocabulary; what has no partner becomes body (200), and is said.
+
+    An envelope that is there already (200) stays.
+    """
+    remap = remap_table(source, target)
+    lost = {value: name for value, name in remap.unmapped(mask.ids()).items() if value != BODY}
+    table = np.array(remap.table(other=BODY if target == "maisi" else 0), dtype=np.uint8)
+    if target == "maisi":
+        table[BODY] = remap.pairs.get(BODY, BODY)
+    if lost:
+        names = ", ".join(f"{value} {name}" for value, name in list(lost.items())[:6])
+        became = "body (200)" if target == "maisi" else "background"
+        on_event(Note(text=f"{len(lost)} labels have no partner in {target} and become {became}: {names}", level="warning"))
+    return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary=target)
+
+
+def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
+    """Paint a procedural body on `geometry` that shows the settings' regions and holds the requested organs."""
+    from .phantom import body
+
+    if geometry is None:
+        raise UsageError("the phantom needs a volume", hint="give --size and --spacing, or a --preset")
+    wanted = [maisi().id(name) for name in settings.anatomy]
+    never = [label for label in wanted if maisi().get(label).group in ("tumor", "cyst", "dummy")]  # type: ignore[union-attr]
+    if never:
+        raise UsageError(f"the phantom has no {maisi().name_of(never[0])}", hint="give a mask that has it:  --mask FILE")
+    mask = body(geometry, seed, regions=settings.regions or ("chest", "abdomen"))
+    missing = [maisi().name_of(label) for label in wanted if label not in mask.ids()]
+    if missing:
+        raise UsageError(f"no {', '.join(missing)} in this volume of {', '.join(settings.regions)}",
+                         hint="choose a --preset of the region it lies in, or a larger --fov")  # fmt: skip
+    return mask
+
+
+def conditioned(mask: Mask, spec: ModelSpec) -> Conditioned:
+    """Pad a mask to a grid that the model's networks take; nothing is resampled."""
+    padded = mask
+    if not spec.valid_size(mask.geometry.size):
+        if not spec.limits.pads:
+            spec.check(mask.geometry, modality=spec.modality, mode="paired", allow_ood=True)
+        size = tuple(max(spec.limits.size_min, n) for n in mask.geometry.padded(spec.limits.multiple).size)
+        padded = pad(mask, size, fill=0)  # type: ignore[arg-type]
+    shown = regions_of(mask.ids())
+    return Conditioned(mask=mask, padded=padded, top_region=shown[0] if shown else None, bottom_region=shown[1] if shown else None)

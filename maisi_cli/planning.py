@@ -1,0 +1,201 @@
+"""What a run needs before it starts: device, precision, decoder, and the memory of every stage where it was measured.
+
+Figures come from the measured rows of the GPU presets; where nothing was measured the plan says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .catalog import ModelSpec
+from .catalog import model as find_model
+from .errors import CannotRun
+from .geometry import Geometry, format_triple
+from .settings import GenerateSettings, Resolved
+
+NOT_MODELLED = "not modelled"
+HEADROOM_GIB = 1.0  # what the driver and other programs take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A device: `kind` is cuda or cpu, `memory_gib` its memory (None: not known)."""
+
+    name: str
+    kind: str
+    memory_gib: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One choice and why it was made."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage: peak memory and time where they were measured, else None."""
+
+    name: str
+    peak_gib: float | None
+    seconds: float | None
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a run is carried out. `fits` is None where nothing was measured."""
+
+    model: str
+    geometry: Geometry | None
+    gpu: Gpu
+    stages: tuple[StagePlan, ...]
+    fits: bool | None
+    margin_gib: float | None
+    warnings: tuple[str, ...] = ()
+
+    def choice(self, name: str) -> Any:
+        """Return the value of a choice by its name."""
+        return next(choice.value for stage in self.stages for choice in stage.choices if choice.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as `gpu-plan --json` shows it."""
+        return {
+            "schema": "maisi.plan/1", "model": self.model, "fits": self.fits, "margin_gib": self.margin_gib,
+            "gpu": {"name": self.gpu.name, "kind": self.gpu.kind, "memory_gib": self.gpu.memory_gib},
+            "size": list(self.geometry.size) if self.geometry else None,
+            "stages": [
+                {"name": stage.name, "peak_gib": stage.peak_gib, "seconds": stage.seconds,
+                 "choices": [{"name": c.name, "value": c.value, "reason": c.reason} for c in stage.choices]}
+                for stage in self.stages
+            ],
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
+
+def detect() -> Gpu:
+    """Return the first CUDA GPU that the driver reports, or the processor; loads no framework."""
+    tool = shutil.which("nvidia-smi")
+    if tool:
+        try:
+            done = subprocess.run([tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+                                  capture_output=True, text=True, timeout=5, check=True)  # fmt: skip
+            name, memory = done.stdout.splitlines()[0].rsplit(",", 1)
+            return Gpu(name=name.strip(), kind="cuda", memory_gib=round(float(memory) / 1024, 2))
+        except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+            pass
+    return Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
+
+
+def host_memory_gib() -> float | None:
+    """Return the physical memory of this machine, where the system tells."""
+    import os
+
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | None = None) -> Plan:
+    """Return the plan of one `generate` run; checks the volume against the model first.
+
+    `geometry` is that of the user's mask, if there is one. Raises `UsageError` for what the model cannot make.
+    """
+    settings = resolved.settings
+    spec = find_model(settings.model)
+    target = geometry or (settings.geometry() if settings.mask is None else None)
+    warnings: list[str] = []
+    if target is not None:
+        warnings += spec.check(target, modality=settings.modality, mode=settings.mode, head="head" in settings.regions,
+                               allow_ood=settings.allow_ood, own_mask=settings.mask is not None)  # fmt: skip
+    found = gpu or _gpu_of(settings)
+    return predict(spec, target, found, settings=settings, warnings=tuple(warnings))
+
+
+def _gpu_of(settings: GenerateSettings) -> Gpu:
+    from . import presets
+
+    if settings.device == "cpu" or settings.gpu == "cpu":
+        return Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
+    if settings.gpu == "auto":
+        return detect()
+    execution = presets.preset(settings.gpu, "gpu").values["execution"]
+    return Gpu(name=f"GPU preset {settings.gpu}", kind="cuda", memory_gib=float(execution["memory_gib"]))
+
+
+def predict(
+    spec: ModelSpec, geometry: Geometry | None, gpu: Gpu, *, settings: GenerateSettings, warnings: tuple[str, ...] = ()
+) -> Plan:  # fmt: skip
+    """Choose device, precision and decoder, and look the peak up in the measured rows."""
+    device = settings.device if settings.device != "auto" else gpu.kind
+    dtype = settings.dtype if settings.dtype != "auto" else ("fp16" if device.startswith("cuda") else "fp32")
+    sources = {"device": "asked for" if settings.device != "auto" else f"{gpu.name} was found",
+               "dtype": "asked for" if settings.dtype != "auto" else f"default on {device.split(':')[0]}"}  # fmt: skip
+    execution = (Choice(name="device", value=device, reason=sources["device"]), Choice(name="dtype", value=dtype, reason=sources["dtype"]))
+    row, fits, margin, reason = None, None, None, NOT_MODELLED
+    if geometry is not None and gpu.kind == "cuda" and spec.name in ("rflow-ct", "ddpm-ct"):
+        row, fits, margin, reason = _measured(spec, geometry, gpu, settings)
+    window = settings.window
+    decoder = settings.decoder
+    overlap = settings.overlap
+    if decoder == "auto":
+        if row is not None and row["windows"] > 1:
+            decoder, why = "window", f"measured: {row['windows']} windows, peak {row['peak_gib']} GiB"
+            window, overlap = tuple(row["window"]), float(row["overlap"])
+        elif window is not None and settings.gpu not in ("auto", "cpu") and row is None and geometry is not None:
+            decoder, why = "window", f"GPU preset {settings.gpu}; this size was not measured"
+        else:
+            decoder, why = "exact", "whole volume at once, without seams"
+    else:
+        why = "asked for"
+    decode = [Choice(name="decoder", value=decoder, reason=why)]
+    decode += [Choice(name="window", value=list(window) if window and decoder == "window" else None, reason="latent voxels"),
+               Choice(name="overlap", value=overlap if decoder == "window" else None, reason="share of the window")]  # fmt: skip
+    seconds = (None, None)
+    if row is not None:
+        seconds = (float(row["ddpm_seconds" if spec.name == "ddpm-ct" else "rflow_seconds"]), float(row["vae_seconds"]))
+    peak = float(row["peak_gib"]) if row is not None else None
+    stages = [
+        StagePlan(name="denoise", peak_gib=None, seconds=seconds[0], choices=execution),
+        StagePlan(name="decode", peak_gib=peak, seconds=seconds[1], choices=tuple(decode)),
+    ]
+    notes = [*warnings]
+    if fits is None:
+        notes.append(f"memory and time of {spec.name} at {format_triple(geometry.size) if geometry else 'the size of the mask'} on {gpu.name}: {reason}")
+    return Plan(model=spec.name, geometry=geometry, gpu=gpu, stages=tuple(stages), fits=fits, margin_gib=margin, warnings=tuple(notes))
+
+
+def _measured(
+    spec: ModelSpec, geometry: Geometry, gpu: Gpu, settings: GenerateSettings
+) -> tuple[Mapping[str, Any] | None, bool | None, float | None, str]:
+    """Return the fastest measured row of this size that fits, whether it fits, and what is left."""
+    from . import presets
+
+    rows = [row for each in presets.presets("gpu") for row in each.values.get("measured", ()) if tuple(row["size"]) == geometry.size]
+    if not rows:
+        return None, None, None, NOT_MODELLED
+    memory = (gpu.memory_gib or 0) - HEADROOM_GIB
+    fitting = [row for row in rows if row["peak_gib"] <= memory]
+    if not fitting:
+        least = min(rows, key=lambda row: row["peak_gib"])
+        return least, False, round(memory - least["peak_gib"], 2), "does not fit"
+    best = min(fitting, key=lambda row: (row["rflow_seconds"], row["peak_gib"]))
+    return best, True, round(memory - best["peak_gib"], 2), "measured"
+
+
+def require_fit(made: Plan) -> None:
+    """Raise `CannotRun` with ways out when a plan is known not to fit."""
+    if made.fits is False:
+        peak = next(stage.peak_gib for stage in made.stages if stage.peak_gib is not None)
+        raise CannotRun(
+            f"{made.model} at {format_triple(made.geometry.size) if made.geometry else '?'} needs {peak:g} GiB; {made.gpu.name} has {made.gpu.memory_gib:g}",
+            hint="use a smaller --size, or --model nano-ct",
+        )
