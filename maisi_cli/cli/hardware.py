@@ -1,0 +1,418 @@
+"""`maisi recommend-spacing` and `maisi gpu-plan`: what a volume should be like, and whether it fits a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import output
+from .options import Force, Json, Quiet, Verbose, examples
+from .wording import triple
+
+if TYPE_CHECKING:
+    from ..geometry import Geometry
+    from ..planning import Gpu, Plan
+    from ..settings import Resolved
+
+VERDICTS = ("ok", "marginal", "ood")
+MEMORY_UNITS_GIB = {
+    "gib": 1.0,
+    "g": 1.0,
+    "": 1.0,
+    "mib": 1 / 1024,
+    "m": 1 / 1024,
+    "gb": 1e9 / 2**30,
+    "mb": 1e6 / 2**30,
+}
+
+
+# --- recommend-spacing ----------------------------------------------------------------------
+
+
+def recommend_spacing(
+    region: Annotated[
+        str | None,
+        typer.Option(
+            "--region", metavar="A,B", help="Body regions: head, chest, abdomen, lower.", show_default=False
+        ),
+    ] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            "--modality",
+            metavar="NAME",
+            help="Modality, such as ct or mri-t1; mri takes all of MR.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", metavar="XxYxZ", help="Voxels to spread the field of view over.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Folder of NIfTI files whose field of view to match.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which size and spacing agree with the training data, the most common first.
+
+    The verdict compares the field of view with the median of the training scans: ok within 15 %, marginal
+    within 40 %, else ood (out of distribution). With --from the field of view is that of your own files.
+    """
+    from .. import presets
+    from ..geometry import parse_size
+
+    voxels = parse_size(size) if size is not None else None
+    regions = [name for name in (region or "").split(",") if name.strip()] if region is not None else None
+    rows = presets.rank(regions=regions, modality=modality, size=voxels)
+    if not rows:
+        raise _nothing_for(region, modality)
+    measured = _measure(data) if data is not None else None
+    if measured is not None:
+        rows = _matched(rows, measured["fov_mm"])
+    if as_json:
+        payload: dict[str, Any] = {"schema": "maisi.spacing/1", "rows": rows}
+        output.json_out(payload if measured is None else {**payload, "data": measured})
+        return
+    if measured is not None:
+        for skipped in measured["skipped"]:
+            output.warn(f"skipped: {skipped['problem']}")
+        low, high = (triple(measured[key], 1) for key in ("fov_min_mm", "fov_max_mm"))
+        middle = triple(measured["fov_mm"], 1)
+        output.say(f"{measured['files']} files, median field of view {middle} mm, from {low} to {high} mm")
+    columns = ["preset", "region", "share %", "size", "spacing mm", "fov mm", "verdict", "reason"]
+    output.table(columns, [_spacing_row(row) for row in rows], right=("share %",))
+
+
+def _spacing_row(row: Mapping[str, Any]) -> list[object]:
+    share = "" if row["share_percent"] is None else f"{row['share_percent']:g}"
+    return [row["preset"], ",".join(row["region"]), share, triple(row["size"]), triple(row["spacing_mm"]),
+            triple(row["fov_mm"]), row["verdict"], row["reason"]]  # fmt: skip
+
+
+def _nothing_for(region: str | None, modality: str | None) -> Exception:
+    """Return the error for regions and a modality that no preset covers, naming those that are."""
+    from .. import presets
+    from ..errors import UsageError
+
+    wanted = " and ".join(
+        text
+        for text in (f"regions {region}" if region else "", f"modality {modality}" if modality else "")
+        if text
+    )
+    covered = {",".join(row["region"]): row for row in presets.rank(modality=modality)}
+    if covered:
+        hint = f"for this modality there are --region {' | '.join(covered)}"
+    else:
+        kinds = dict.fromkeys(row["modality"] for row in presets.rank())
+        hint = f"there are presets of --modality {', '.join(kinds)}"
+    return UsageError(f"no preset covers {wanted}", hint=hint)
+
+
+def _measure(folder: Path) -> dict[str, Any]:
+    """Return the median field of view (mm, RAS+ order) of the NIfTI files in a folder, from their headers."""
+    from ..errors import MaisiError, UsageError
+    from ..volumes import SUFFIXES, read_geometry
+
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UsageError(f"the folder {folder} {what}", hint="give the folder that holds your .nii.gz files")
+    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    grids, skipped = [], []
+    for path in paths:
+        try:
+            grids.append(read_geometry(path))
+        except MaisiError as error:
+            skipped.append({"path": str(path), "problem": error.message})
+    if not grids:
+        found = (
+            f"none of its {len(paths)} NIfTI files can be read: {skipped[0]['problem']}"
+            if paths
+            else "it holds no .nii.gz or .nii"
+        )
+        raise UsageError(f"{folder}: {found}", hint="give the folder that holds your .nii.gz files")
+    per_axis = [[grid.fov_mm[axis] for grid in grids] for axis in range(3)]
+    return {
+        "path": str(folder),
+        "files": len(grids),
+        "skipped": skipped,
+        "fov_mm": [round(statistics.median(axis), 3) for axis in per_axis],
+        "fov_min_mm": [round(min(axis), 3) for axis in per_axis],
+        "fov_max_mm": [round(max(axis), 3) for axis in per_axis],
+    }
+
+
+def _matched(rows: Sequence[Mapping[str, Any]], fov_mm: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the rows with the spacing that gives `fov_mm`, judged against each preset, the best first."""
+    from .. import catalog, presets
+    from ..geometry import Geometry
+
+    ranked: list[tuple[int, float, int, dict[str, Any]]] = []
+    for row in rows:
+        against = presets.preset(row["preset"], "region")
+        spec = catalog.model(str(against.values["volume"].get("model", "rflow-ct")))
+        x, y, z = fov_mm
+        if spec.limits.square:  # in-plane voxels are square: cover the longer side
+            x = y = max(x, y)
+        geometry = Geometry.parse(size=row["size"], fov=(x, y, z))
+        verdict, reason = presets.judge(geometry, against)
+        off = max(
+            abs(mine / median - 1)
+            for mine, median in zip(geometry.fov_mm, against.geometry.fov_mm, strict=True)
+        )
+        made = {
+            **row,
+            "spacing_mm": [round(mm, 4) for mm in geometry.spacing],
+            "fov_mm": [round(mm, 1) for mm in geometry.fov_mm],
+            "verdict": verdict,
+            "reason": reason,
+        }
+        ranked.append((VERDICTS.index(verdict), off, len(ranked), made))
+    return [made for *_, made in sorted(ranked)]
+
+
+# --- gpu-plan -------------------------------------------------------------------------------
+
+
+def gpu_plan(
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--preset",
+            metavar="NAME",
+            help="Region preset.  [default: chest-abdomen]",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="XxYxZ", help="Voxels.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME|FILE.toml",
+            help="Model.  [default: the preset's, installed or not]",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="auto (this machine), cpu, 16g, 24g, 32g, 40g, 80g, 141g.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="GIB",
+            help="Memory of the GPU, such as 24GiB, instead of --gpu.",
+            show_default=False,
+        ),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option("--decoder", metavar="NAME", help="auto, exact or window.", show_default=False),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            "--window",
+            metavar="XxYxZ",
+            help="Window of the window decoder, in latent voxels.",
+            show_default=False,
+        ),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            "--overlap", metavar="SHARE", help="Overlap of windows, 0 to below 1.", show_default=False
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="NAME", help="auto, fp32, bf16 or fp16.", show_default=False),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save", metavar="FILE", help="Write the plan as JSON to a file as well.", show_default=False
+        ),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show whether a volume fits a GPU, and which decoder, window and precision it is made with.
+
+    Memory and seconds are measured figures; where nothing was measured the plan says "not modelled". Exit
+    code 3 when the volume is known not to fit.
+    """
+    from .. import planning
+    from ..errors import UsageError
+    from ..files import refuse_overwriting, write_atomic
+
+    if gpu is not None and memory is not None:
+        raise UsageError("--gpu and --memory exclude each other", hint="leave one out")
+    device = None if memory is None else _gpu_of_memory(memory)
+    if save is not None:
+        refuse_overwriting(save, force=force)
+    flags: dict[str, Any] = {
+        "preset": preset,
+        "size": size,
+        "model": model,
+        "gpu": gpu if memory is None else "auto",
+        "decoder": decoder,
+        "window": window,
+        "overlap": overlap,
+        "dtype": dtype,
+    }
+    only_size = size is not None and preset is None
+    made = _plan(flags, device, only_size=only_size)
+    if save is not None:
+        import json
+
+        write_atomic(
+            save, (json.dumps(made.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        )
+    if as_json:
+        output.json_out(made.as_dict())
+    else:
+        _show(made, only_size=only_size)
+    planning.require_fit(made)
+
+
+def _plan(flags: Mapping[str, Any], device: Gpu | None, *, only_size: bool) -> Plan:
+    """Return the plan of these flags; where no model is named it is the preset's, installed or not.
+
+    With a size alone (`only_size`) the spacing says nothing about memory and is not judged.
+    """
+    from .. import catalog, planning
+    from ..errors import UsageError
+
+    resolved = _resolve(flags)
+    chosen = resolved.settings
+    spec = catalog.model(chosen.model)
+    warnings = list(resolved.notes)
+    if not spec.installed(chosen.mode):
+        warnings.append(
+            f"{spec.name} is not installed; where its files belong:  maisi models show {spec.name}"
+        )
+    if only_size:
+        geometry: Geometry = chosen.geometry()
+        if not spec.valid_size(geometry.size):
+            near = " or ".join(triple(each.size) for each in spec.nearest(geometry))
+            raise UsageError(
+                f"model {spec.name} cannot make {triple(geometry.size)}",
+                hint=f"the nearest sizes are {near}",
+            )
+        found = device or planning.gpu_of(chosen)
+        return planning.predict(spec, geometry, found, settings=chosen, warnings=tuple(warnings))
+    made = planning.plan(resolved, gpu=device)
+    return dataclasses.replace(made, warnings=(*warnings, *made.warnings))
+
+
+def _resolve(flags: Mapping[str, Any]) -> Resolved:
+    from .. import catalog, presets, settings
+
+    outer: dict[str, Any] = {}
+    files = ((settings.config_path(), "user config"), (Path(settings.PROJECT_FILE), settings.PROJECT_FILE))
+    for layer in (
+        *(settings.read_config(path, origin) for path, origin in files),
+        settings.environment_layer(),
+    ):
+        outer.update(layer.values if layer else {})
+    named = flags["model"] or outer.get("model")
+    if named in (None, "auto"):
+        region = presets.preset(
+            flags["preset"] or outer.get("preset") or settings.GenerateSettings().preset, "region"
+        )
+        named = str(region.values["volume"].get("model", "rflow-ct"))
+    modes = catalog.model(named).modes
+    mode = outer.get("mode") or ("paired" if "paired" in modes else modes[0])
+    return settings.resolve({**flags, "model": named, "mode": mode})
+
+
+def _gpu_of_memory(text: str) -> Gpu:
+    """Return a GPU with this much memory: `24GiB`, `24` (GiB), `24GB` (10^9 bytes), `24576MiB`."""
+    from ..errors import UsageError
+    from ..planning import Gpu
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().casefold())
+    if match is None or match[2] not in MEMORY_UNITS_GIB or float(match[1]) == 0:
+        raise UsageError(f"--memory {text!r} is not an amount of memory", hint="write it like 24GiB")
+    amount = round(float(match[1]) * MEMORY_UNITS_GIB[match[2]], 2)
+    return Gpu(name="GPU", kind="cuda", memory_gib=amount)
+
+
+def _show(made: Plan, *, only_size: bool) -> None:
+    from ..planning import NOT_MODELLED
+    from ..settings import show
+
+    def figure(value: float | None) -> str:
+        return NOT_MODELLED if value is None else f"{value:g}"
+
+    verdict = {True: "yes", False: "no", None: NOT_MODELLED}[made.fits]
+    if made.margin_gib is not None:
+        verdict += f", {made.margin_gib:g} GiB to spare" if made.fits else f", {-made.margin_gib:g} GiB short"
+    size = f", {made.gpu.memory_gib:g} GiB" if made.gpu.memory_gib is not None else ""
+    output.data(f"model   {made.model}")
+    if made.geometry is not None:
+        volume = f"{triple(made.geometry.size)} voxels" if only_size else made.geometry
+        output.data(f"volume  {volume}")
+    output.data(f"device  {made.gpu.name}{size}")
+    output.data(f"fits    {verdict}\n")
+    rows = [[stage.name, figure(stage.peak_gib), figure(stage.seconds)] for stage in made.stages]
+    output.table(["stage", "peak GiB", "seconds"], rows, right=("peak GiB", "seconds"))
+    output.data("")
+    choices = []
+    for stage in made.stages:
+        for choice in stage.choices:
+            value = tuple(choice.value) if isinstance(choice.value, list) else choice.value
+            if value is not None:
+                choices.append([stage.name, choice.name, show(value), choice.reason])
+    output.table(["stage", "choice", "value", "reason"], choices)
+    for warning in made.warnings:
+        output.say(f"note: {warning}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(
+        "recommend-spacing",
+        epilog=examples(
+            "maisi recommend-spacing --region chest,abdomen",
+            "maisi recommend-spacing --modality ct --size 512x512x256 --json",
+            "maisi recommend-spacing --modality ct --from scans/",
+        ),
+    )(recommend_spacing)
+    app.command(
+        "gpu-plan",
+        epilog=examples(
+            "maisi gpu-plan --preset chest-abdomen --gpu 24g",
+            "maisi gpu-plan --size 512x512x512 --memory 48GiB --json",
+            "maisi gpu-plan --preset abdomen --gpu 80g --save plan.json",
+        ),
+    )(gpu_plan)
