@@ -58,7 +58,7 @@ def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = F
                          hint="name its vocabulary, such as --labels totalsegmentator, or see  maisi labels check FILE")  # fmt: skip
     if BODY not in mask.ids() and not allow_missing_body:
         raise UsageError(f"{path} has no body envelope (label {BODY}), without which images lose their quality",
-                         hint=f"maisi labels add-body {path} --ct IMAGE -o NEW, or --allow-missing-body")  # fmt: skip
+                         hint=f"maisi labels add-body {path} NEW.nii.gz --ct CT.nii.gz, or --allow-missing-body")  # fmt: skip
     return mask
 
 

@@ -116,11 +116,12 @@ def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | Non
     if target is not None:
         warnings += spec.check(target, modality=settings.modality, mode=settings.mode, head="head" in settings.regions,
                                allow_ood=settings.allow_ood, own_mask=settings.mask is not None)  # fmt: skip
-    found = gpu or _gpu_of(settings)
+    found = gpu or gpu_of(settings)
     return predict(spec, target, found, settings=settings, warnings=tuple(warnings))
 
 
-def _gpu_of(settings: GenerateSettings) -> Gpu:
+def gpu_of(settings: GenerateSettings) -> Gpu:
+    """Return the device that the settings name: a GPU preset's, the processor, or what is found here."""
     from . import presets
 
     if settings.device == "cpu" or settings.gpu == "cpu":
@@ -137,7 +138,7 @@ def predict(
     """Choose device, precision and decoder, and look the peak up in the measured rows."""
     device = settings.device if settings.device != "auto" else gpu.kind
     dtype = settings.dtype if settings.dtype != "auto" else ("fp16" if device.startswith("cuda") else "fp32")
-    sources = {"device": "asked for" if settings.device != "auto" else f"{gpu.name} was found",
+    sources = {"device": "asked for" if settings.device != "auto" else f"for {gpu.name}",
                "dtype": "asked for" if settings.dtype != "auto" else f"default on {device.split(':')[0]}"}  # fmt: skip
     execution = (Choice(name="device", value=device, reason=sources["device"]), Choice(name="dtype", value=dtype, reason=sources["dtype"]))
     row, fits, margin, reason = None, None, None, NOT_MODELLED
@@ -159,7 +160,7 @@ def predict(
     decode = [Choice(name="decoder", value=decoder, reason=why)]
     decode += [Choice(name="window", value=list(window) if window and decoder == "window" else None, reason="latent voxels"),
                Choice(name="overlap", value=overlap if decoder == "window" else None, reason="share of the window")]  # fmt: skip
-    seconds = (None, None)
+    seconds: tuple[float | None, float | None] = (None, None)
     if row is not None:
         seconds = (float(row["ddpm_seconds" if spec.name == "ddpm-ct" else "rflow_seconds"]), float(row["vae_seconds"]))
     peak = float(row["peak_gib"]) if row is not None else None
@@ -168,6 +169,8 @@ def predict(
         StagePlan(name="decode", peak_gib=peak, seconds=seconds[1], choices=tuple(decode)),
     ]
     notes = [*warnings]
+    if row is not None:
+        notes.append(f"memory and seconds were measured on {row['device']} ({row['source']})")
     if fits is None:
         notes.append(f"memory and time of {spec.name} at {format_triple(geometry.size) if geometry else 'the size of the mask'} on {gpu.name}: {reason}")
     return Plan(model=spec.name, geometry=geometry, gpu=gpu, stages=tuple(stages), fits=fits, margin_gib=margin, warnings=tuple(notes))
@@ -179,7 +182,8 @@ def _measured(
     """Return the fastest measured row of this size that fits, whether it fits, and what is left."""
     from . import presets
 
-    rows = [row for each in presets.presets("gpu") for row in each.values.get("measured", ()) if tuple(row["size"]) == geometry.size]
+    rows = [row for each in presets.presets("gpu") for row in each.values.get("measured", ())
+            if tuple(row["size"]) == geometry.size and _as_asked(row, settings)]  # fmt: skip
     if not rows:
         return None, None, None, NOT_MODELLED
     memory = (gpu.memory_gib or 0) - HEADROOM_GIB
@@ -187,8 +191,20 @@ def _measured(
     if not fitting:
         least = min(rows, key=lambda row: row["peak_gib"])
         return least, False, round(memory - least["peak_gib"], 2), "does not fit"
-    best = min(fitting, key=lambda row: (row["rflow_seconds"], row["peak_gib"]))
+    denoise = "ddpm_seconds" if spec.name == "ddpm-ct" else "rflow_seconds"
+    best = min(fitting, key=lambda row: (row[denoise] + row["vae_seconds"], row["peak_gib"]))
     return best, True, round(memory - best["peak_gib"], 2), "measured"
+
+
+def _as_asked(row: Mapping[str, Any], settings: GenerateSettings) -> bool:
+    """Say whether a measured row was made the way that is asked for; all rows are in fp16."""
+    if settings.dtype not in ("auto", "fp16"):
+        return False
+    if settings.decoder == "exact":
+        return bool(row["windows"] == 1)
+    if settings.decoder == "window":
+        return bool(row["windows"] > 1) and tuple(row["window"]) == settings.window and row["overlap"] == settings.overlap
+    return True
 
 
 def require_fit(made: Plan) -> None:

@@ -85,7 +85,7 @@ def _sources(kind: str) -> dict[str, Path]:
 def _kind_of(path: Path) -> str | None:
     try:
         return str(tomllib.loads(path.read_text("utf-8")).get("kind"))
-    except (OSError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError):
         return None
 
 
@@ -123,7 +123,7 @@ def read(path: Path, *, name: str | None = None) -> Preset:
 
 
 def _load(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a file and lay it over the preset that it extends."""
+    """Read a file and lay it over the preset that it extends, whose evidence is not inherited."""
     data = tomllib.loads(path.read_text("utf-8"))
     base_name = data.get("extends")
     if not base_name:
@@ -134,6 +134,7 @@ def _load(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if base_name not in sources or sources[base_name].resolve() == path.resolve():
         raise unknown("preset", str(base_name), sources, see="maisi presets list")
     merged = _load(sources[base_name], (*seen, base_name))
+    merged.pop("evidence", None)
     for key, value in data.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     return merged
@@ -145,7 +146,7 @@ def validate(path: Path) -> list[str]:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         return [f"cannot be read: {error.strerror}"]
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not text
         return [f"is not TOML: {error}"]
     problems = []
     if data.get("schema") != SCHEMA:
@@ -163,6 +164,8 @@ def validate(path: Path) -> list[str]:
             continue
         if key not in known:
             problems.append(_misspelt(key, [*known, *_PLAIN]))
+        elif not isinstance(value, Mapping) and key != "measured":
+            return [*problems, f"{key} is {value!r}, not a table [{key}]"]
         elif isinstance(value, Mapping) and known[key]:
             problems.extend(_misspelt(f"{key}.{inner}", [f"{key}.{each}" for each in known[key]]) for inner in value if inner not in known[key])
     if kind == "region":
@@ -175,6 +178,7 @@ def validate(path: Path) -> list[str]:
                 parse(volume.get(needed, (1, 1, 1)))
             except UsageError as error:
                 problems.append(str(error))
+        problems.extend(_unknown_names(volume))
         for region in data.get("anatomy", {}).get("regions", ()):
             from .anatomy import region_index
 
@@ -182,6 +186,20 @@ def validate(path: Path) -> list[str]:
                 region_index(region)
             except UsageError as error:
                 problems.append(str(error))
+    return problems
+
+
+def _unknown_names(volume: Mapping[str, Any]) -> list[str]:
+    """Return a problem for a modality or model that is not registered."""
+    from . import catalog
+
+    problems = []
+    for key, find in (("modality", catalog.modality), ("model", catalog.model)):
+        try:
+            if key in volume:
+                find(str(volume[key]))
+        except UsageError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -212,9 +230,11 @@ def rank(
     kind = find_modality(modality) if modality else None
     rows = []
     for each in presets("region"):
+        if each.evidence.get("share_percent") is None and each.evidence.get("scans") is None:
+            continue  # a preset of one's own says nothing about the training data
         if wanted is not None and set(each.regions) != wanted:
             continue
-        if kind is not None and find_modality(each.modality).name != kind.name and not (kind.name == "mri" and each.modality.startswith("mri")):
+        if kind is not None and not agrees(each.modality, kind.name):
             continue
         geometry = each.geometry.resized(parse_size(size)) if size else each.geometry
         verdict, reason = judge(geometry, each)
@@ -225,6 +245,13 @@ def rank(
             "fov_mm": [round(mm, 1) for mm in geometry.fov_mm], "verdict": verdict, "reason": reason,
         })  # fmt: skip
     return sorted(rows, key=lambda row: (-(row["share_percent"] or 0), -(row["scans"] or 0), row["preset"]))
+
+
+def agrees(modality: str, wanted: str) -> bool:
+    """Say whether a preset's modality is the one that is wanted; `mri` stands for all of MR."""
+    from .catalog import modality as find_modality
+
+    return find_modality(modality).name == wanted or (wanted == "mri" and find_modality(modality).kind == "mr")
 
 
 def judge(geometry: Geometry, against: Preset) -> tuple[str, str]:

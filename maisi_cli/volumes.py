@@ -168,6 +168,11 @@ def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent 
     return Mask(array=_to_ras(labels, geometry.axcodes), geometry=geometry, vocabulary=vocabulary)
 
 
+def read_geometry(path: str | Path) -> Geometry:
+    """Read the grid of a NIfTI file from its header alone. Raises `UsageError` as `read_image` does."""
+    return _open(Path(path))[1]
+
+
 def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
     import nibabel
 
