@@ -25,3 +25,29 @@ def register_checks(register: Register) -> None:
     register("intensity", f"{room}:intensity", summary="values are finite and not all the same")
     register("clipped", f"{room}:clipped", summary="share of the body at the ends of the HU scale")
     register("follows-mask", f"{room}:follows_mask", summary="HU steps across organ borders (informative)")
+
+
+@hookimpl
+def register_samplers(register: Register) -> None:
+    """Register the samplers of the released models."""
+    register("rflow", "maisi_cli.sampling:euler", summary="rectified flow, Euler steps (rflow models)")
+    register("ddpm", "maisi_cli.sampling:ddpm", summary="reverse diffusion, 1000 steps (ddpm-ct)")
+
+
+@hookimpl
+def register_mask_sources(register: Register) -> None:
+    """Register the sources of masks that need no download."""
+    register("file", "maisi_cli.masks:from_file", summary="a label map of one's own (--mask)")
+    register("phantom", "maisi_cli.masks:phantom", summary="a procedural body, another one for every seed")
+
+
+@hookimpl
+def register_formats(register: Register) -> None:
+    """Register the output formats."""
+    register("nifti", "maisi_cli.volumes:save_nifti", summary="{id}_image.nii.gz and {id}_label.nii.gz")
+
+
+@hookimpl
+def register_executors(register: Register) -> None:
+    """Register the ways to run many samples."""
+    register("local", "maisi_cli.synthesis:run_local", summary="one after another in this process")

@@ -51,6 +51,8 @@ def read_list(path: str | Path) -> list[Case]:
         path = path / LIST_NAME
     try:
         rows = json.loads(path.read_text("utf-8"))["training"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("training is not a list of cases")
     except FileNotFoundError as error:
         raise UsageError(f"there is no data list {path}", hint="make one:  maisi data phantom --count 32 --out DIR") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -63,7 +65,10 @@ def read_list(path: str | Path) -> list[Case]:
             file = found[key]
             if file is not None and not file.is_file():
                 raise UsageError(f"{path} names {row[key]}, which does not exist", hint="correct the list, or make the file")
-        x, y, z = row["spacing"]
+        try:
+            x, y, z = (float(mm) for mm in row["spacing"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"case {number} of {path} has no spacing of three numbers", hint='add  "spacing": [x, y, z]  in mm') from error
         cases.append(Case(id=row.get("id", f"case{number:04d}"), spacing_mm=(x, y, z), modality=row.get("modality", "ct"),
                           fold=int(row.get("fold", 1)), **found))  # fmt: skip
     if not cases:
@@ -117,26 +122,28 @@ def intensity(hu: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def encode(
-    data: str | Path, vae: str | Path, *, out: str | Path | None = None, model: str = "nano-ct", device: str = "auto",
+    data: str | Path, vae: str | Path | None = None, *, out: str | Path | None = None, model: str = "nano-ct", device: str = "auto",
     force: bool = False, on_event: OnEvent = ignore,
 ) -> Path:  # fmt: skip
     """Encode the images of a list with a VAE: the posterior's mean, float16, shape (4, x, y, z), one `.npy` per case.
 
-    `vae` is a safetensors file of weights. The list is written again as `latents.json` beside the latents; images whose
+    `vae` is a safetensors file of weights; without it the model's own are used. The list is written again as `latents.json` beside the latents; images whose
     size does not divide by 4 are padded with air. Returns the new list's path.
     """
     import torch
 
     from ..catalog import model as find_model
     from ..networks import Precision, device_named, load
+    from ..weights import locate
 
-    data, vae = Path(data), Path(vae)
+    data, spec = Path(data), find_model(model)
+    files = {"vae": Path(vae)} if vae is not None else locate(spec, ["vae"])
     cases = read_list(data)
     folder = Path(out) if out else (data if data.is_dir() else data.parent)
     target = folder / "latents.json"
     refuse_overwriting(target, force=force)
     where = device_named(device)
-    networks = load(_unit_scale(find_model(model)), ["vae"], device=where, precision=Precision.named("auto", where), files={"vae": vae})
+    networks = load(_unit_scale(spec), ["vae"], device=where, precision=Precision.named("auto", where), files=files)
     on_event(Stage(name="encode", detail=f"{len(cases)} cases"))
     rows = []
     for done, case in enumerate(cases, 1):

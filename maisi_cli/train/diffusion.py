@@ -36,7 +36,7 @@ def load_cases(cases: Sequence[Case]) -> list[Encoded]:
     loaded = []
     for case in cases:
         if case.latent is None or case.label is None or case.label.suffix != ".npy":
-            raise UsageError(f"case {case.id} has no latent", hint="make them:  maisi data encode LIST --vae FILE")
+            raise UsageError(f"case {case.id} has no latent", hint="make them:  maisi data encode LIST --out DIR")
         latent, labels = np.load(case.latent), np.load(case.label)
         if tuple(4 * n for n in latent.shape[1:]) != labels.shape:
             raise UsageError(f"case {case.id}: labels {labels.shape} are not 4 times the latent {latent.shape[1:]}",

@@ -61,7 +61,7 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
     """
     accelerator = Accelerator(mixed_precision=settings.precision, cpu=_device(settings) == "cpu")
     device = accelerator.device
-    state_file = _state_file(out, resume, force=force)
+    state_file = _state_file(out, task.name, resume, force=force)
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     network = task.network.to(device)
@@ -116,6 +116,7 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
                 best = _validate(task, network, average, out, weights, step, best, on_event)
             if step % settings.save_every == 0:
                 save()
+    save()  # first: whoever stops a run may not wait for its validation
     best = _validate(task, network, average, out, weights, step, best, on_event)
     save()
     if stop:
@@ -166,14 +167,13 @@ def _validate(
     return best
 
 
-def _state_file(out: Path, resume: str | None, *, force: bool) -> Path | None:
-    state = out / STATE
+def _state_file(out: Path, name: str, resume: str | None, *, force: bool) -> Path | None:
+    state, weights = out / STATE, out / f"{name}.safetensors"
     if resume is None:
-        refuse_overwriting(state, force=force)
-        for name in (STATE, LOG):
-            (out / name).unlink(missing_ok=True)
-        for old in out.glob("*.safetensors"):
-            old.unlink()
+        for old in (state, weights):
+            refuse_overwriting(old, force=force)
+        for old in (state, weights, out / LOG):
+            old.unlink(missing_ok=True)
         return None
     if resume == "auto":
         return state if state.exists() else None
@@ -207,7 +207,7 @@ def _restore(
 
 def _fingerprint(settings: TrainSettings) -> str:
     """Return a hash of what must not change on resuming; the run's length and its bookkeeping may."""
-    free = {"max_minutes", "save_every", "keep_last", "device"}
+    free = {"steps", "max_minutes", "save_every", "keep_last", "device"}
     fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in free}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

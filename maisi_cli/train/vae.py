@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ class VaeTask:
         self.settings = settings
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(find_model(settings.model).networks["vae"])
-        # start with a narrow posterior (sigma = exp(-3)): learning does not begin under noise as strong as the latent
-        nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, -6.0)  # type: ignore[union-attr, arg-type]
+        start_as_pyramid(self.network)
+        hold_anchors(self.network)
+        # start with a narrow posterior (sigma = exp(-4)): learning does not begin under noise as strong as the latent
+        nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, -8.0)  # type: ignore[union-attr, arg-type]
         if settings.init:
             self.network.load_state_dict({key: value.float() for key, value in load_state(Path(settings.init)).tensors.items()})
         training, held = split(read_list(data))
@@ -90,6 +93,71 @@ class VaeTask:
     def metadata(self) -> dict[str, str]:
         """Name the part."""
         return {"part": "vae"}
+
+
+_ANCHOR = 16.0  # far above the signal, which is of the order of one
+
+
+@torch.no_grad()
+def start_as_pyramid(network: nn.Module) -> None:
+    """Give an autoencoder initial values with which it already reconstructs a blurred volume, with the right HU.
+
+    A group norm divides by statistics of the whole patch: a patch with more air than the last comes out with another offset, and absolute
+    intensity is lost. Here the first two channels of every group are constants, +16 and -16 (biases without weights), far above the
+    signal, and nothing reads them: mean and deviation of a group hardly depend on the patch any more, and the norm, whose scale starts at
+    that deviation, starts near the identity. `hold_anchors` keeps them so in training. The next channel carries the input through:
+    averaged on the way down, interpolated on the way up. Second convolutions of residual branches start at zero. Network, file and
+    forward pass are those of MONAI.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            module.weight.fill_(_ANCHOR * math.sqrt(2 * module.num_groups / module.num_channels))
+        elif isinstance(module, nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+            if ".conv2." in name or name.startswith("quant_conv_log_sigma"):
+                nn.init.zeros_(module.weight)
+            elif ".conv1." not in name:
+                row, column = (2 if module.out_channels >= 16 else 0), (2 if module.in_channels >= 16 else 0)
+                module.weight[row] = 0
+                if module.stride[0] == 2:
+                    module.weight[row, column, :2, :2, :2] = 1 / 8
+                else:
+                    module.weight[(row, column, *(n // 2 for n in module.kernel_size))] = 1
+    for parameter, entries, value in _anchors(network):
+        parameter[entries] = value
+
+
+def hold_anchors(network: nn.Module) -> None:
+    """Keep the entries of `start_as_pyramid`'s constants out of training."""
+    for parameter, entries, _ in _anchors(network):
+        free = torch.ones_like(parameter)
+        free[entries] = 0
+        parameter.register_hook(lambda gradient, free=free: gradient * free.to(gradient.device))
+
+
+def _anchors(network: nn.Module) -> Iterator[tuple[nn.Parameter, Any, Any]]:
+    """Yield (parameter, its entries, their value) of everything that makes the constant channels constant, and unread."""
+    groups = next(module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm))
+
+    def places(channels: int) -> list[int]:
+        width = channels // groups
+        return [first + k for first in range(0, channels, width) for k in (0, 1)]
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            yield module.weight, places(module.num_channels), 0.0
+            yield module.bias, places(module.num_channels), 0.0
+        elif isinstance(module, nn.Conv3d):
+            if module.in_channels >= 16:
+                yield module.weight, (slice(None), places(module.in_channels)), 0.0
+            if module.out_channels >= 16:
+                here = places(module.out_channels)
+                yield module.weight, here, 0.0
+                assert module.bias is not None
+                level = 0.0 if ".conv2." in name else _ANCHOR
+                yield module.bias, here, torch.tensor([level, -level]).repeat(groups)
 
 
 def _load(path: Path | None, name: str) -> NDArray[np.int16]:

@@ -1,0 +1,170 @@
+"""`maisi generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import output
+from .options import Force, Json, Offline, Quiet, Verbose, examples
+
+EPILOG = examples(
+    "maisi generate --preset chest-abdomen --seed 7 --out run/",
+    "maisi generate --preset abdomen --count 4 --anatomy liver,spleen --out livers/",
+    "maisi generate --preset chest-abdomen --model rflow-ct --gpu 24g --dry-run",
+)
+_VOLUME, _WHAT, _SAMPLING, _BATCH, _HOW = "Volume", "What to make", "Sampling", "Batch and output", "Execution"
+
+
+def _option(*names: str, panel: str, metavar: str | None = None, text: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
+
+
+def generate(
+    preset: Annotated[str | None, _option("-p", "--preset", panel=_VOLUME, metavar="NAME", text="Region preset; see  maisi presets list.  [default: chest-abdomen]")] = None,
+    size: Annotated[str | None, _option("--size", panel=_VOLUME, metavar="XxYxZ", text="Voxels.")] = None,
+    spacing: Annotated[str | None, _option("--spacing", panel=_VOLUME, metavar="XxYxZ", text="Voxel spacing in mm.")] = None,
+    fov: Annotated[str | None, _option("--fov", panel=_VOLUME, metavar="XxYxZ", text="Field of view in mm; two of size, spacing and fov determine the third.")] = None,
+    allow_ood: Annotated[bool | None, _option("--allow-ood", panel=_VOLUME, text="Allow a field of view that the model was not trained on.")] = None,
+    model: Annotated[str | None, _option("--model", panel=_WHAT, metavar="NAME|FILE.toml", text="A model; auto takes the preset's where it is installed, else nano-ct.  [default: auto]")] = None,
+    mode: Annotated[str | None, _option("--mode", panel=_WHAT, metavar="paired|image|mask", text="Image and mask, image alone, or mask alone.  [default: paired]")] = None,
+    modality: Annotated[str | None, _option("--modality", panel=_WHAT, metavar="NAME", text="Modality by name.  [default: the preset's]")] = None,
+    anatomy: Annotated[str | None, _option("--anatomy", panel=_WHAT, metavar="A,B", text="Organs that the mask must contain.")] = None,
+    mask: Annotated[Path | None, _option("--mask", panel=_WHAT, metavar="FILE", text="A label map of your own; the image is made on its grid.")] = None,
+    labels: Annotated[str | None, _option("--labels", panel=_WHAT, metavar="NAME|FILE", text="Vocabulary of --mask, such as totalsegmentator.  [default: maisi]")] = None,
+    mask_source: Annotated[str | None, _option("--mask-source", panel=_WHAT, metavar="auto|file|phantom", text="Where masks come from.")] = None,
+    allow_missing_body: Annotated[bool | None, _option("--allow-missing-body", panel=_WHAT, text="Take a mask without label 200.")] = None,
+    cfg_modality: Annotated[float | None, _option("--cfg-modality", panel=_SAMPLING, metavar="S", text="Guidance toward the modality; 0 is off.")] = None,
+    scheduler: Annotated[str | None, _option("--scheduler", panel=_SAMPLING, metavar="NAME", text="Sampler; see  maisi plugins list.  [default: the model's]")] = None,
+    steps: Annotated[int | None, _option("--steps", panel=_SAMPLING, metavar="N", text="Denoising steps.  [default: the model's]")] = None,
+    seed: Annotated[int | None, _option("--seed", panel=_SAMPLING, metavar="S", text="Seed of the run; drawn and recorded when it is not given.")] = None,
+    compat: Annotated[str | None, _option("--compat", panel=_SAMPLING, metavar="reference", text="The reference's own numerics where they differ.")] = None,
+    count: Annotated[int | None, _option("--count", panel=_BATCH, metavar="N", text="Number of samples.  [default: 1]")] = None,
+    name: Annotated[str | None, _option("--name", panel=_BATCH, metavar="TEMPLATE", text="File names, of {stem} {preset} {model} {mode} {seed} {index}.")] = None,
+    out: Annotated[Path | None, _option("-o", "--out", panel=_BATCH, metavar="DIR", text="Folder to write to.  [default: .]")] = None,
+    format: Annotated[str | None, _option("--format", panel=_BATCH, metavar="A,B", text="Output formats.  [default: nifti]")] = None,
+    preview: Annotated[bool | None, typer.Option("--preview/--no-preview", help="Write a picture beside every sample.  [default: preview]", rich_help_panel=_BATCH, show_default=False)] = None,
+    keep_latent: Annotated[bool | None, _option("--keep-latent", panel=_BATCH, text="Write the latent too, before it is decoded.")] = None,
+    on_qc_fail: Annotated[str | None, _option("--on-qc-fail", panel=_BATCH, metavar="retry|drop|keep", text="What to do with a sample that fails the check.  [default: retry]")] = None,
+    retries: Annotated[int | None, _option("--retries", panel=_BATCH, metavar="N", text="Tries after the first one.  [default: 3]")] = None,
+    resume: Annotated[bool | None, _option("--resume", panel=_BATCH, text="Make only what is missing or unfinished.")] = None,
+    shard: Annotated[str | None, _option("--shard", panel=_BATCH, metavar="I/N", text="Make only this share of the samples.")] = None,
+    executor: Annotated[str | None, _option("--executor", panel=_BATCH, metavar="NAME", text="How samples are run.  [default: local]")] = None,
+    config: Annotated[Path | None, _option("--config", panel=_BATCH, metavar="RECORD", text="Repeat the run of a *_record.json; flags change it.")] = None,
+    gpu: Annotated[str | None, _option("--gpu", panel=_HOW, metavar="NAME", text="GPU preset: auto, cpu, 16g, 24g, 32g, 40g, 80g, 141g.")] = None,
+    device: Annotated[str | None, _option("--device", panel=_HOW, metavar="NAME", text="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    dtype: Annotated[str | None, _option("--dtype", panel=_HOW, metavar="NAME", text="auto, fp32, bf16 or fp16.")] = None,
+    decoder: Annotated[str | None, _option("--decoder", panel=_HOW, metavar="NAME", text="auto, exact (whole volume) or window (overlapping windows).")] = None,
+    window: Annotated[str | None, _option("--window", panel=_HOW, metavar="XxYxZ", text="Window of the window decoder, in latent voxels.")] = None,
+    overlap: Annotated[float | None, _option("--overlap", panel=_HOW, metavar="SHARE", text="Overlap of windows, 0 to below 1.")] = None,
+    set_: Annotated[list[str] | None, _option("--set", panel=_HOW, metavar="KEY=VALUE", text="Any setting, as TOML; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Show settings, their origins and the plan; make nothing.")] = False,
+    force: Force = False,
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Make CT or MR volumes with paired label maps.
+
+    Nothing needs to be downloaded: without other weights the bundled nano-ct and a procedural body are used.
+    """
+    flags: dict[str, Any] = {
+        "preset": preset, "size": size, "spacing": spacing, "fov": fov, "allow_ood": allow_ood, "model": model, "mode": mode,
+        "modality": modality, "anatomy": anatomy, "mask": None if mask is None else str(mask), "labels": labels,
+        "mask_source": mask_source, "allow_missing_body": allow_missing_body, "cfg_modality": cfg_modality, "scheduler": scheduler,
+        "steps": steps, "seed": seed, "compat": compat, "count": count, "name": name, "out": None if out is None else str(out),
+        "format": format, "preview": preview, "keep_latent": keep_latent, "on_qc_fail": on_qc_fail, "retries": retries,
+        "resume": resume, "shard": shard, "executor": executor, "gpu": gpu, "device": device, "dtype": dtype, "decoder": decoder,
+        "window": window, "overlap": overlap, "force": force or None, "offline": offline or None,
+    }  # fmt: skip
+    from .. import settings
+
+    resolved = settings.resolve(flags, assignments=set_ or [], config=_recorded(config, flags))
+    if dry_run:
+        raise typer.Exit(_dry_run(resolved, as_json=as_json))
+    with output.events() as on_event:
+        from .. import synthesis
+
+        for sample in synthesis.generate(resolved, on_event=on_event):
+            if as_json:
+                output.json_out(synthesis.sample_json(sample))
+            else:
+                for kind in ("image", "label", "preview", "record"):
+                    if kind in sample.paths:
+                        output.data(str(sample.paths[kind]))
+
+
+def _recorded(config: Path | None, flags: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of a record; what depends on the place it ran at is not taken over."""
+    if config is None:
+        return None
+    from .. import record
+
+    found = record.settings_of(record.read(config))
+    for key in ("out", "force", "resume", "shard"):
+        found.pop(key, None)
+    if any(flags[key] is not None for key in ("size", "spacing", "fov")):
+        for key in ("size", "spacing", "fov"):
+            found.pop(key, None)
+    return found
+
+
+def _dry_run(resolved: Any, *, as_json: bool) -> int:
+    from .. import catalog, planning, settings
+    from ..errors import CannotRun, UsageError
+    from ..geometry import format_triple
+
+    chosen = resolved.settings
+    geometry = None
+    if chosen.mask is not None:
+        from ..volumes import read_mask
+
+        if not Path(chosen.mask).is_file():
+            raise UsageError(f"the mask {chosen.mask} does not exist", hint="check the path")
+        geometry = read_mask(chosen.mask).geometry
+    plan = planning.plan(resolved, geometry=geometry)
+    problem: CannotRun | None = None
+    try:
+        spec = catalog.model(chosen.model)
+        if not spec.installed(chosen.mode):
+            settings.raise_missing(spec)
+        planning.require_fit(plan)
+    except CannotRun as error:
+        problem = error
+    if as_json:
+        from ..record import plain
+
+        output.json_out({
+            "schema": "maisi.dry-run/1",
+            "settings": {key: {"value": plain(setting.value), "origin": setting.origin,
+                               "hides": [{"value": plain(value), "origin": origin} for value, origin in setting.hides]}
+                         for key, setting in resolved.origins.items()},
+            "plan": plan.as_dict(), "notes": list(resolved.notes), "problem": str(problem) if problem else None,
+        })  # fmt: skip
+    else:
+        output.table(["setting", "value", "origin"], settings.explain(resolved))
+        volume = plan.geometry
+        if volume is not None:
+            output.data(f"\nvolume {format_triple(volume.size)} voxels of {_mm(volume.spacing)} mm, field of view {_mm(volume.fov_mm)} mm")
+        for stage in plan.stages:
+            for choice in stage.choices:
+                if choice.value is not None:
+                    output.data(f"{stage.name:8} {choice.name} {settings.show(choice.value)}: {choice.reason}")
+        for note in (*resolved.notes, *plan.warnings):
+            output.say(note)
+    if problem is not None:
+        output.fail(problem.message, problem.hint)
+        return problem.exit_code
+    return 0
+
+
+def _mm(values: Any) -> str:
+    return "x".join(f"{value:.4g}" for value in values)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("generate", epilog=EPILOG)(generate)

@@ -1,0 +1,119 @@
+"""`maisi train vae|dm|controlnet` and `maisi data phantom|encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import output
+from .options import Force, Json, Quiet, Verbose, examples
+
+Data = Annotated[Path, typer.Option("--data", metavar="LIST|DIR", help="Data list (JSON), or the folder that holds it.")]
+TrainOut = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for weights, state and log.")]
+Preset = Annotated[str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: nano-KIND]", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any train.* setting, as TOML; may be repeated.", show_default=False)]
+Resume = Annotated[str | None, typer.Option("--resume", metavar="auto|FILE", help="Continue exactly where a run stopped.", show_default=False)]
+Init = Annotated[Path | None, typer.Option("--init", metavar="FILE", help="Weights to start from; the file is never written.", show_default=False)]
+
+train_app = typer.Typer(help="Train the VAE, the diffusion model and the ControlNet.", no_args_is_help=True)
+data_app = typer.Typer(help="Make data for training.", no_args_is_help=True)
+
+
+@train_app.command("vae", epilog=examples(
+    "maisi train vae --data phantoms/ --out runs/vae --set train.steps=2",
+    "maisi train vae --data phantoms/ --out runs/vae --set train.steps=4 --resume auto"))  # fmt: skip
+def vae(
+    data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the autoencoder that turns volumes into latents and back."""
+    _train("vae", data, out, preset, {"init": init}, set_, resume, force, as_json)
+
+
+@train_app.command("dm", epilog=examples(
+    "maisi train dm --data latents/ --out runs/dm --set train.steps=2",
+    "maisi train dm --data latents/ --out runs/dm --set train.steps=4 --resume auto"))  # fmt: skip
+def dm(
+    data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the latent diffusion model, as a rectified flow, on encoded data."""
+    _train("dm", data, out, preset, {"init": init}, set_, resume, force, as_json)
+
+
+@train_app.command("controlnet", epilog=examples(
+    "maisi train controlnet --data latents/ --unet runs/dm/unet.safetensors --out runs/controlnet --set train.steps=2",
+    "maisi train controlnet --data latents/ --unet runs/dm/unet.safetensors --out runs/controlnet --set train.steps=4 --resume auto"))  # fmt: skip
+def controlnet(
+    data: Data, out: TrainOut,
+    unet: Annotated[Path | None, typer.Option("--unet", metavar="FILE", help="Weights of the frozen diffusion model.", show_default=False)] = None,
+    preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the ControlNet that makes a frozen diffusion model follow masks."""
+    _train("controlnet", data, out, preset, {"init": init, "unet": unet}, set_, resume, force, as_json)
+
+
+def _train(
+    kind: str, data: Path, out: Path, preset: str | None, files: dict[str, Path | None], set_: list[str] | None,
+    resume: str | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from ..settings import parse_assignments
+
+    overrides = {**parse_assignments(set_ or []), **{key: str(value) for key, value in files.items() if value is not None}}
+    with output.events() as on_event:
+        from .. import train
+
+        weights = train.train(kind, data=data, out=out, preset=preset, overrides=overrides, resume=resume, force=force, on_event=on_event)
+    if as_json:
+        output.json_out({"schema": "maisi.train/1", "kind": kind, "weights": str(weights), "log": str(out / "log.jsonl")})
+    else:
+        output.data(str(weights))
+
+
+@data_app.command("phantom", epilog=examples("maisi data phantom --count 2 --out phantoms/", "maisi data phantom --count 2 --size 64 --seed 1 --out small/"))
+def phantom(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write to.")],
+    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="Number of cases.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed; case k depends on it and k alone.")] = 0,
+    size: Annotated[int, typer.Option("--size", metavar="N", min=32, max=512, help="Voxels along x and y.")] = 128,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Make procedural CT volumes with label maps, and the list that training reads; every tenth case is held out."""
+    with output.events() as on_event:
+        from ..train.data import make_phantoms
+
+        made = make_phantoms(out, count, seed=seed, size=size, force=force, on_event=on_event)
+    _answer(made, as_json)
+
+
+@data_app.command("encode", epilog=examples("maisi data encode phantoms/list.json --out latents/", "maisi data encode phantoms/list.json --vae runs/vae/vae.safetensors --out latents2/"))
+def encode(
+    data: Annotated[Path, typer.Argument(metavar="LIST", help="Data list, or the folder that holds it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the latents and their list.")],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Model whose VAE encodes.")] = "nano-ct",
+    vae_file: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Weights of the VAE, instead of the model's own.", show_default=False)] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Encode images to latents (the posterior's mean), which `train dm` and `train controlnet` read."""
+    with output.events() as on_event:
+        from ..train.data import encode as encode_list
+
+        made = encode_list(data, out=out, model=model, vae=vae_file, device=device, force=force, on_event=on_event)
+    _answer(made, as_json)
+
+
+def _answer(made: Path, as_json: bool) -> None:
+    if as_json:
+        output.json_out({"schema": "maisi.data/1", "list": str(made)})
+    else:
+        output.data(str(made))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(train_app, name="train")
+    app.add_typer(data_app, name="data")

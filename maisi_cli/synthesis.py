@@ -1,0 +1,397 @@
+"""The pipeline of `generate` on one page: mask, noise, sampling, decoding, check, files.
+
+>>> from maisi_cli import generate
+>>> for sample in generate(preset="chest-abdomen", seed=7, out="run"):  # doctest: +SKIP
+...     print(sample.paths["image"], sample.verdict.passed)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import decoding, masks, networks, planning, quality, record, sampling, weights
+from .catalog import ModelSpec
+from .catalog import modality as find_modality
+from .catalog import model as find_model
+from .errors import Rejected, UsageError
+from .events import Event, Note, OnEvent, Saved, Stage, Step, ignore
+from .files import refuse_overwriting, write_atomic
+from .geometry import Geometry
+from .plugins import plugins
+from .preview import preview
+from .seeds import derive, fresh
+from .settings import Resolved, parse_shard, resolve
+from .volumes import AIR_HU, Mask, Sample, Volume, crop
+
+if TYPE_CHECKING:
+    from .quality import Verdict
+
+Make = Callable[["Job"], Sample | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One sample to make: its place in the run, and the name of its files."""
+
+    index: int
+    seed: int
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Try:
+    """What one attempt made, and how long its stages took."""
+
+    attempt: int
+    seed: int
+    image: Volume | None
+    mask: Mask | None
+    verdict: Verdict | None
+    latent: torch.Tensor | None
+    seconds: Mapping[str, float]
+
+
+def generate(settings: Resolved | None = None, *, on_event: OnEvent = ignore, **values: Any) -> Iterator[Sample]:
+    """Make the samples that the settings ask for, one after another; files are complete when a sample is yielded.
+
+    `settings` is what `settings.resolve` returns; without it `values` are resolved (`preset="abdomen", count=3`). Everything
+    that can be refused is refused here, before the first network is loaded: wrong volumes, masks and names (`UsageError`),
+    weights or memory that are missing (`CannotRun`), files that exist. Sample `index` depends on the seed and its index
+    alone. Raises `Rejected` at the end when samples failed the quality check and were not kept.
+    """
+    resolved = settings if settings is not None else resolve(values)
+    if resolved.settings.seed is None:
+        resolved = _with_seed(resolved, fresh())
+    run = _Run(resolved, on_event)
+    todo = run.jobs()
+    executor: Callable[[Iterable[Job], Make, OnEvent], Iterator[Sample]] = plugins().registry("executors").get(run.settings.executor)
+    return _finish(run, executor(todo, run.make, run.tell), len(todo))
+
+
+def _finish(run: _Run, samples: Iterator[Sample], wanted: int) -> Iterator[Sample]:
+    done = 0
+    for sample in samples:
+        done += 1
+        yield sample
+    if done < wanted:
+        raise Rejected(
+            f"{wanted - done} of {wanted} samples failed the quality check and were not written",
+            hint="see what failed with --on-qc-fail keep, or raise --retries",
+        )
+
+
+def run_local(jobs: Iterable[Job], make: Make, on_event: OnEvent) -> Iterator[Sample]:
+    """Make the samples in this process, in order; the executor `local`."""
+    for job in jobs:
+        sample = make(job)
+        if sample is not None:
+            yield sample
+
+
+class _Run:
+    """One run: what is fixed for all of its samples, and the networks, loaded when the first sample needs them."""
+
+    def __init__(self, resolved: Resolved, on_event: OnEvent) -> None:
+        self.resolved, self.settings = resolved, resolved.settings
+        self.listener = on_event
+        self.spec: ModelSpec = find_model(self.settings.model)
+        self.out = Path(self.settings.out)
+        self.parts = self.spec.parts_for(self.settings.mode)
+        self.files = weights.locate(self.spec, self.parts)
+        self.source = masks.source_name(self.settings) if self.settings.mode != "image" else None
+        self.own_mask = self._own_mask()
+        self.plan = planning.plan(resolved, geometry=self.own_mask.geometry if self.own_mask else None)
+        planning.require_fit(self.plan)
+        for note in (*resolved.notes, *self.plan.warnings):
+            self.tell(Note(text=note))
+        self._networks: networks.Networks | None = None
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on to the caller and to plugins that listen."""
+        self.listener(event)
+        plugins().manager.hook.on_event(event=event)
+
+    def jobs(self) -> list[Job]:
+        """Return the samples to make here: this shard's, without those that are complete when resuming."""
+        settings = self.settings
+        assert settings.seed is not None
+        share, shares = parse_shard(settings.shard) if settings.shard else (1, 1)
+        found = []
+        for index in range(settings.count):
+            if index % shares != share - 1:
+                continue
+            job = Job(index=index, seed=settings.seed, id=self._id(index))
+            if settings.resume and self._complete(job):
+                self.tell(Note(text=f"{job.id} is complete"))
+                continue
+            if not settings.resume:
+                for path in self._outputs(job):
+                    refuse_overwriting(path, force=settings.force)
+            found.append(job)
+        return found
+
+    def make(self, job: Job) -> Sample | None:
+        """Make one sample, with retries; None when it failed the check and is not kept."""
+        settings = self.settings
+        tries = settings.retries + 1 if settings.on_qc_fail == "retry" else 1
+        made: _Try | None = None
+        for attempt in range(tries):
+            made = self._attempt(job, attempt)
+            if made.verdict is None or made.verdict.passed or settings.on_qc_fail == "keep":
+                return self._save(job, made)
+            failed = "; ".join(finding.text for finding in made.verdict.failures())
+            last = attempt + 1 == tries
+            self.tell(Note(text=f"{job.id} failed the check: {failed}" + ("" if last else "; trying again"), level="warning"))
+        return None
+
+    # --- one attempt ------------------------------------------------------------------------
+
+    def _attempt(self, job: Job, attempt: int) -> _Try:
+        settings, clock = self.settings, _Clock()
+        seed = derive(job.seed, job.index, attempt)
+        with clock("mask"):
+            mask = self._mask(job, attempt)
+        if settings.mode == "mask":
+            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, verdict=None, latent=None, seconds=clock.seconds)
+        grid = mask.geometry if mask is not None else settings.geometry()
+        fitted = masks.conditioned(mask, self.spec) if mask is not None else None
+        inner = fitted.padded.geometry if fitted else grid
+        nets = self._load()
+        with clock("denoise"):
+            latent = self._denoise(nets, inner, fitted, seed)
+        if settings.keep_latent:
+            write_atomic(self.out / f"{job.id}_latent.npy", _npy(latent))
+        with clock("decode"):
+            self.tell(Stage(name="decode", detail=str(self.plan.choice("decoder")), sample=job.index))
+            intensity = decoding.decode(
+                nets, latent, decoder=self.plan.choice("decoder"), window=self.plan.choice("window"),
+                overlap=self.plan.choice("overlap") or 0.0, on_event=self.tell,
+            )  # fmt: skip
+            image = Volume(array=decoding.to_hu(intensity, settings.modality), geometry=inner, modality=settings.modality)
+            image = crop(image, grid) if inner != grid else image
+            if mask is not None:
+                image = dataclasses.replace(image, array=_clear_outside(image, mask))
+        verdict = quality.check(image, mask, required=settings.anatomy, compat=settings.compat == "reference")
+        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, verdict=verdict, latent=latent, seconds=clock.seconds)
+
+    def _mask(self, job: Job, attempt: int) -> Mask | None:
+        if self.source is None:
+            return None
+        if self.own_mask is not None:
+            return self.own_mask
+        self.tell(Stage(name="mask", detail=self.source, sample=job.index))
+        source = plugins().registry("mask_sources").get(self.source)
+        made: Mask = source(self.settings, self.settings.geometry(), derive(job.seed, job.index, attempt, "mask"), on_event=self.tell)
+        return made
+
+    def _own_mask(self) -> Mask | None:
+        """Read the user's mask once, before anything else is done."""
+        if self.source != "file":
+            return None
+        read = plugins().registry("mask_sources").get("file")
+        mask: Mask = read(self.settings, None, 0, on_event=self.tell)
+        missing = [name for name in self.settings.anatomy if masks.maisi().id(name) not in mask.ids()]
+        if missing:
+            raise UsageError(f"{self.settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
+        return mask
+
+    def _denoise(self, nets: networks.Networks, grid: Geometry, fitted: masks.Conditioned | None, seed: int) -> torch.Tensor:
+        settings, spec = self.settings, self.spec
+        size = grid.latent_size(spec.latent_factor)
+        sampler: sampling.Sampler = plugins().registry("samplers").get(settings.scheduler)
+        compat = settings.compat == "reference"
+        schedule = sampling.FAMILIES[sampling.family_of(sampler)](
+            settings.steps, size, base_voxels=int(spec.scheduler.get("base_voxels", 32**3)), compat=compat
+        )
+        regions = _region_indices(settings.regions)
+        condition = networks.Condition(
+            spacing_mm=grid.spacing,
+            modality=find_modality(settings.modality).id,
+            top_region=fitted.top_region if fitted and fitted.top_region is not None else regions[0],
+            bottom_region=fitted.bottom_region if fitted and fitted.bottom_region is not None else regions[1],
+            labels=torch.from_numpy(fitted.padded.array)[None, None] if fitted else None,
+            cfg_modality=settings.cfg_modality,
+            compat=compat,
+        )
+        noise = sampling.initial_noise((1, spec.latent_channels, *size), seed).to(nets.device)
+        generator = torch.Generator().manual_seed(derive(seed, 0, 0, "steps"))
+        self.tell(Stage(name="denoise", detail=f"{settings.scheduler}, {settings.steps} steps, {nets.device}, {nets.precision.name}"))
+
+        def on_step(done: int, total: int, _latent: torch.Tensor) -> None:
+            self.tell(Step(stage="denoise", done=done, total=total))
+
+        latent = sampler(nets.denoiser(condition), noise, schedule, on_step=on_step, generator=generator)
+        if not bool(torch.isfinite(latent).all()):
+            raise Rejected(f"the sampler {settings.scheduler} diverged: the latent is not finite", hint="use --dtype fp32, or more --steps")
+        return latent
+
+    def _load(self) -> networks.Networks:
+        if self._networks is None:
+            device = networks.device_named(str(self.plan.choice("device")))
+            precision = networks.Precision.named(str(self.plan.choice("dtype")), device)
+            self.tell(Stage(name="load", detail=f"{self.spec.name} on {device}"))
+            self._networks = networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files)
+        return self._networks
+
+    # --- files ----------------------------------------------------------------------------
+
+    def _id(self, index: int) -> str:
+        settings = self.settings
+        stem = settings.preset if settings.mask is None else Path(settings.mask).name.split(".nii")[0]
+        values = {"stem": Path(stem).stem if stem.endswith(".toml") else stem, "preset": Path(settings.preset).stem, "index": index,
+                  "seed": settings.seed, "model": self.spec.name, "mode": settings.mode}  # fmt: skip
+        try:
+            name = settings.name.format(**values)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UsageError(f"--name {settings.name!r} cannot be filled in: {error}", hint=f"use {', '.join(map('{{{}}}'.format, values))}") from error
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise UsageError(f"--name makes the file name {name!r}", hint="leave slashes and leading dots out; folders go into --out")
+        if settings.count > 1 and "{index" not in settings.name:
+            raise UsageError(f"--name {settings.name!r} gives all {settings.count} samples one name", hint="put {index} into it")
+        return name
+
+    def _outputs(self, job: Job) -> list[Path]:
+        """Return the files that a sample will have and that must not exist before."""
+        settings = self.settings
+        kinds = {"paired": ["image.nii.gz", "label.nii.gz"], "image": ["image.nii.gz"], "mask": ["label.nii.gz"]}[settings.mode]
+        ends = ["record.json", *(kinds if "nifti" in settings.format else [])]
+        ends += ["preview.png"] * settings.preview + ["latent.npy"] * (settings.keep_latent and settings.mode != "mask")
+        return [self.out / f"{job.id}_{end}" for end in ends]
+
+    def _complete(self, job: Job) -> bool:
+        """Say whether a sample of these very settings is there with all of its files."""
+        path = self.out / f"{job.id}_record.json"
+        if not path.is_file():
+            return False
+        old = record.read(path)
+        free = {"out", "count", "resume", "force", "shard", "executor", "retries"}
+        now = {key: record.plain(value) for key, value in _values(self.resolved).items() if key not in free}
+        before = {key: entry["value"] for key, entry in old["settings"].items() if key not in free}
+        changed = sorted(key for key in now if before.get(key) != now[key])
+        if changed or old["seed"] != job.seed or old["index"] != job.index:
+            what = changed[0] if changed else "the seed"
+            raise UsageError(f"{path} was made with another {what}", hint="resume with the settings it was made with, or use another --out")
+        return not record.changed_outputs(old, self.out)
+
+    def _save(self, job: Job, made: _Try) -> Sample:
+        settings, clock = self.settings, _Clock()
+        sample = Sample(index=job.index, seed=job.seed, id=job.id, image=made.image, mask=made.mask, verdict=made.verdict)
+        self.tell(Stage(name="save", detail=str(self.out), sample=job.index))
+        force = settings.force or settings.resume  # what is left of an unfinished sample is replaced
+        with clock("save"):
+            added: dict[str, Any] = {}
+            for answer in plugins().manager.hook.finish_sample(sample=sample, folder=self.out):
+                added.update(answer or {})
+            paths: dict[str, Path] = {}
+            if settings.keep_latent and made.latent is not None:
+                paths["latent"] = self.out / f"{job.id}_latent.npy"
+            for name in settings.format:
+                paths.update(plugins().registry("formats").get(name)(sample, self.out, force=force))
+            if settings.preview:
+                title = f"{self.spec.name}  seed {job.seed}/{job.index}  SYNTHETIC"
+                paths["preview"] = preview(made.image, made.mask, self.out / f"{job.id}_preview.png", title=title, force=force)
+        written = self._record(job, made, paths, {**made.seconds, **clock.seconds}, added)
+        paths["record"] = record.write(self.out / f"{job.id}_record.json", written, force=force)
+        for kind, path in paths.items():
+            self.tell(Saved(path=path, kind=kind))
+        return dataclasses.replace(sample, paths=paths, record=written)
+
+    def _record(self, job: Job, made: _Try, paths: Mapping[str, Path], seconds: Mapping[str, float], added: Mapping[str, Any]) -> dict[str, Any]:
+        spec, item = self.spec, made.image or made.mask
+        assert item is not None
+        hashes = self._networks.hashes if self._networks else {}
+        parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in self.parts]
+        mask = None
+        if made.mask is not None:
+            mask = {"source": self.source, "ids": list(made.mask.ids())}
+            if self.source == "file":
+                mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
+        device = {"name": str(self.plan.choice("device")), "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
+        if device["name"].startswith("cuda"):
+            device["gpu"] = torch.cuda.get_device_name()
+        return record.build(
+            id=job.id, index=job.index, seed=job.seed, attempt=made.attempt, derived_seed=made.seed,
+            settings=_values(self.resolved), origins={key: setting.origin for key, setting in self.resolved.origins.items()},
+            model={"name": spec.name, "licence": spec.licence.name, "commercial": spec.licence.commercial, "weights": parts},
+            geometry=item.geometry, modality=self.settings.modality, mask=mask, verdict=made.verdict, outputs=paths,
+            seconds={"mask": 0.0, "denoise": 0.0, "decode": 0.0, **seconds}, peak_gib=peak_gib(device["name"]), device=device,
+            notes=[*self.resolved.notes, *self.plan.warnings], plugins=added,
+        )  # fmt: skip
+
+
+def sample_json(sample: Sample) -> dict[str, Any]:
+    """Return a sample as `generate --json` prints it (schema maisi.sample/1)."""
+    timing = sample.record["timing"]
+    return {
+        "schema": "maisi.sample/1", "id": sample.id, "index": sample.index, "seed": sample.seed, "model": sample.record["model"]["name"],
+        **{kind: str(sample.paths[kind]) if kind in sample.paths else None for kind in ("image", "label", "record")},
+        "preview": str(sample.paths["preview"]) if "preview" in sample.paths else None,
+        "qc": sample.verdict.as_dict() if sample.verdict else None, "seconds": timing["seconds"], "peak_gib": timing["peak_gib"],
+    }  # fmt: skip
+
+
+def peak_gib(device: str) -> float:
+    """Return the peak memory so far in GiB: what torch allocated on a CUDA device, else this process's resident set."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class _Clock:
+    """Seconds by stage; GPUs are waited for, so that a stage is charged with its own work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[stage] = time.perf_counter() - started
+
+
+def _clear_outside(image: Volume, mask: Mask) -> Any:
+    """Return the image with air (CT) or 0 (MR) where the mask is 0 (reference.md 2.4)."""
+    array = image.array.copy()
+    array[mask.array == 0] = AIR_HU if find_modality(image.modality).kind == "ct" else 0
+    return array
+
+
+def _region_indices(regions: tuple[str, ...]) -> tuple[int | None, int | None]:
+    from .anatomy import region_index
+
+    found = sorted(region_index(name) for name in regions)
+    return (found[0], found[-1]) if found else (None, None)
+
+
+def _values(resolved: Resolved) -> dict[str, Any]:
+    return {key: getattr(resolved.settings, key) for key in resolved.origins}
+
+
+def _with_seed(resolved: Resolved, seed: int) -> Resolved:
+    from .settings import Setting
+
+    origins = {**resolved.origins, "seed": Setting(value=seed, origin="drawn")}
+    return dataclasses.replace(resolved, settings=dataclasses.replace(resolved.settings, seed=seed), origins=origins)
+
+
+def _npy(latent: torch.Tensor) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, latent[0].float().cpu().numpy())
+    return buffer.getvalue()

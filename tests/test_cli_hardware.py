@@ -1,0 +1,471 @@
+"""`maisi recommend-spacing` and `maisi gpu-plan`: the contract of their flags, JSON, text and exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import typer
+from hypothesis import HealthCheck, given
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from maisi_cli import catalog, cli, planning, presets, settings
+
+GPU_ROWS = [row for each in presets.presets("gpu") for row in each.values.get("measured", ())]
+PLAN_KEYS = {"schema", "model", "fits", "margin_gib", "gpu", "size", "stages", "warnings"}
+SPACING_KEYS = {"preset", "region", "share_percent", "size", "spacing_mm", "fov_mm", "verdict", "reason"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+    def cells(self, header: str) -> list[list[str]]:
+        """Return the rows of the table that begins with a column `header`, split where columns begin."""
+        lines = self.out.splitlines()
+        first = next(k for k, line in enumerate(lines) if line.split("  ")[0].strip() == header)
+        rows = []
+        for line in lines[first + 1 :]:
+            if not line.strip():
+                break
+            rows.append([cell.strip() for cell in line.strip().split("  ") if cell.strip()])
+        return rows
+
+
+@pytest.fixture
+def maisi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], Done]:
+    """Return a function that runs a command line in an empty folder, away from the user's own settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAISI_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MAISI_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+
+    def run(line: str) -> Done:
+        code = cli.run(shlex.split(line))
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+def save_nifti(path: Path, size: tuple[int, int, int], affine: np.ndarray) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros(size, np.uint8), affine), path)
+
+
+def examples(*names: str) -> list[str]:
+    """Return the example lines at the end of these commands' help."""
+    found = []
+    root = typer.main.get_command(cli.build())
+    for name in names:
+        lines = (root.commands[name].epilog or "").splitlines()  # type: ignore[attr-defined]
+        mine = [line.strip() for line in lines if line.strip().startswith("maisi ")]
+        assert 2 <= len(mine) <= 3, name
+        assert all(line.startswith(f"maisi {name}") for line in mine)
+        found += mine
+    return found
+
+
+@pytest.mark.parametrize("line", examples("recommend-spacing", "gpu-plan"))
+def test_the_examples_of_the_help_run(line, maisi, tmp_path):
+    (tmp_path / "scans").mkdir()
+    save_nifti(tmp_path / "scans" / "a.nii.gz", (40, 40, 38), np.diag([10.0, 10, 10, 1]))
+    done = maisi(line.removeprefix("maisi "))
+    assert (done.code, bool(done.out)) == (0, True), done.err
+    if "--json" in line:
+        assert done.json["schema"] in ("maisi.spacing/1", "maisi.plan/1")
+    if "--save" in line:
+        assert json.loads((tmp_path / "plan.json").read_text())["schema"] == "maisi.plan/1"
+
+
+# --- recommend-spacing ----------------------------------------------------------------------
+
+
+def test_spacing_has_the_keys_of_the_contract_and_the_published_row(maisi):
+    done = maisi("recommend-spacing --region chest,abdomen --modality ct --json")
+    assert done.json["schema"] == "maisi.spacing/1"
+    (row,) = done.json["rows"]
+    assert set(row) >= SPACING_KEYS
+    assert row["preset"] == "chest-abdomen"
+    assert row["region"] == ["chest", "abdomen"]
+    assert (row["size"], row["spacing_mm"], row["share_percent"]) == (
+        [512, 512, 128],
+        [0.781, 0.781, 2.981],
+        58.55,
+    )
+    assert row["fov_mm"] == [399.9, 399.9, 381.6]
+    assert row["verdict"] == "ok"
+
+
+def test_every_shipped_region_preset_is_recommended_and_ok(maisi):
+    rows = maisi("recommend-spacing --json").json["rows"]
+    verdicts = {row["preset"]: row["verdict"] for row in rows}
+    assert verdicts == dict.fromkeys((each.name for each in presets.presets("region")), "ok")
+    shares = [row["share_percent"] or 0 for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.1)  # of the CT scans, of which no region is left out
+
+
+def test_a_size_keeps_the_field_of_view(maisi):
+    rows = maisi("recommend-spacing --modality ct --size 512x512x256 --json").json["rows"]
+    for row in rows:
+        median = presets.preset(row["preset"], "region").geometry.fov_mm
+        assert row["size"] == [512, 512, 256]
+        np.testing.assert_allclose(np.multiply(row["size"], row["spacing_mm"]), median, rtol=1e-3)
+    one = next(row for row in rows if row["preset"] == "chest-abdomen")
+    assert one["spacing_mm"] == [0.781, 0.781, round(2.981 / 2, 4)]
+
+
+def test_a_size_that_the_model_cannot_make_is_out_of_distribution(maisi):
+    (row,) = maisi("recommend-spacing --region chest --modality ct --size 500x500x128 --json").json["rows"]
+    assert row["verdict"] == "ood"
+    assert "512x512x128" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--modality mri", "--region abdomen", "--modality ct --size 256x256x128"]
+)
+def test_spacing_text_and_json_agree(line, maisi):
+    text, data = maisi(f"recommend-spacing {line}"), maisi(f"recommend-spacing {line} --json").json
+    cells = text.cells("preset")
+    assert [row[0] for row in cells] == [row["preset"] for row in data["rows"]]
+    assert [row[-2] for row in cells] == [row["verdict"] for row in data["rows"]]
+    assert [row[-1] for row in cells] == [row["reason"] for row in data["rows"]]
+
+
+def test_a_modality_narrows_the_rows(maisi):
+    def modalities(name: str) -> set[str]:
+        return {row["modality"] for row in maisi(f"recommend-spacing --modality {name} --json").json["rows"]}
+
+    assert modalities("ct") == {"ct"}
+    assert modalities("MR_T1") == {"mri-t1"}
+    assert modalities("mri") == {each.modality for each in presets.presets("region")} - {"ct"}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--region chst", "use head, chest, abdomen, lower"),
+        ("--region head,lower", "no preset covers regions head,lower"),
+        ("--region head --modality ct", "for this modality there are --region"),
+        ("--modality mri-t11", "did you mean 'mri-t1'"),
+        ("--modality ct-wo-contrast", "there are presets of --modality"),
+        ("--size 512x512", "write it like 512x512x128"),
+        ("--size 0x512x128", "positive"),
+        ("--from missing", "the folder missing does not exist"),
+        ("--regoin chest", "--region"),
+    ],
+)
+def test_spacing_says_what_is_wrong(line, says, maisi):
+    done = maisi(f"recommend-spacing {line}")
+    assert (done.code, done.out) == (2, "")
+    assert says.casefold() in done.err.casefold()
+
+
+def turned(size, spacing, codes: str) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Return shape and affine of a grid of RAS+ `size` and `spacing` that is stored along `codes`."""
+    affine, shape = np.zeros((4, 4)), [0, 0, 0]
+    affine[3, 3] = 1
+    for stored, code in enumerate(codes):
+        axis = next(k for k, pair in enumerate(("RL", "AP", "SI")) if code in pair)
+        affine[axis, stored] = spacing[axis] * (1 if code in "RAS" else -1)
+        shape[stored] = size[axis]
+    return (shape[0], shape[1], shape[2]), affine
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SPL", "AIR"])
+def test_from_a_folder_finds_the_preset_of_that_field_of_view(codes, maisi, tmp_path):
+    against = presets.preset("chest-abdomen-lower", "region").geometry
+    folder = tmp_path / "scans" / "deeper"
+    folder.mkdir(parents=True)
+    for k, scale in enumerate((0.7, 1.0, 1.4)):  # the median is that of the preset
+        spacing = [fov * scale / n for fov, n in zip(against.fov_mm, (16, 20, 24), strict=True)]
+        save_nifti(folder / f"{k}.nii.gz", *turned((16, 20, 24), spacing, codes))
+    done = maisi("recommend-spacing --modality ct --from scans --json").json
+    assert done["data"]["files"] == 3
+    np.testing.assert_allclose(done["data"]["fov_mm"], against.fov_mm, rtol=1e-5)
+    np.testing.assert_allclose(done["data"]["fov_min_mm"], np.multiply(0.7, against.fov_mm), rtol=1e-5)
+    first = done["rows"][0]
+    assert (first["preset"], first["verdict"]) == ("chest-abdomen-lower", "ok")
+    np.testing.assert_allclose(first["spacing_mm"], against.spacing, rtol=1e-3)
+    order = [("ok", "marginal", "ood").index(row["verdict"]) for row in done["rows"]]
+    assert order == sorted(order)
+    assert order[-1] == 2
+
+
+def test_from_a_folder_covers_the_longer_side_where_voxels_are_square(maisi, tmp_path):
+    (tmp_path / "scans").mkdir()
+    save_nifti(tmp_path / "scans" / "a.nii.gz", (122, 101, 112), np.diag([3.0, 3, 3, 1]))
+    done = maisi("recommend-spacing --region chest --modality ct --from scans --json").json
+    assert done["data"]["fov_mm"] == [366, 303, 336]
+    (row,) = done["rows"]
+    assert row["fov_mm"] == [366, 366, 336]
+    assert row["spacing_mm"] == [round(366 / 512, 4), round(366 / 512, 4), round(336 / 128, 4)]
+
+
+def test_from_a_folder_names_what_it_skips(maisi, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    save_nifti(folder / "good.nii.gz", (16, 16, 16), np.diag([20.0, 20, 20, 1]))
+    (folder / "bad.nii.gz").write_bytes(b"no gzip")
+    text, data = maisi("recommend-spacing --from scans"), maisi("recommend-spacing --from scans --json").json
+    assert (data["data"]["files"], len(data["data"]["skipped"])) == (1, 1)
+    assert "bad.nii.gz" in data["data"]["skipped"][0]["problem"]
+    assert data["data"]["skipped"][0]["problem"] in text.err
+    (folder / "good.nii.gz").unlink()
+    done = maisi("recommend-spacing --from scans")
+    assert (done.code, done.out) == (2, "")
+    assert "none of its 1 NIfTI files can be read" in done.err
+
+
+def test_a_preset_of_ones_own_does_not_speak_of_the_training_data(maisi, tmp_path):
+    before = maisi("recommend-spacing --json").json
+    presets.read.cache_clear()
+    assert maisi("presets new my-chest --from chest").code == 0
+    assert maisi("recommend-spacing --json").json == before
+
+
+# --- gpu-plan -------------------------------------------------------------------------------
+
+
+def test_plan_has_the_keys_of_the_contract_and_the_fastest_measured_row(maisi):
+    done = maisi("gpu-plan --preset chest-abdomen --gpu 24g --json")
+    plan = done.json
+    assert done.code == 0
+    assert set(plan) == PLAN_KEYS
+    assert plan["schema"] == "maisi.plan/1"
+    assert (plan["model"], plan["size"], plan["gpu"]["memory_gib"]) == ("rflow-ct", [512, 512, 128], 24)
+    # published: 4 windows of 80x80x32 take 6 + 5 s and 21.0 GiB, 9 of 64x64x32 take 8 + 5 s and 15.7 GiB
+    assert plan["fits"] is True
+    assert plan["margin_gib"] == pytest.approx(24 - planning.HEADROOM_GIB - 21.0)
+    denoise, decode = plan["stages"]
+    assert all({"name", "peak_gib", "seconds", "choices"} == set(stage) for stage in plan["stages"])
+    assert (denoise["name"], denoise["seconds"], decode["name"], decode["peak_gib"], decode["seconds"]) == (
+        "denoise", 5, "decode", 21.0, 6,
+    )  # fmt: skip
+    choices = {choice["name"]: choice["value"] for stage in plan["stages"] for choice in stage["choices"]}
+    assert choices == {
+        "device": "cuda",
+        "dtype": "fp16",
+        "decoder": "window",
+        "window": [80, 80, 32],
+        "overlap": 0.4,
+    }
+    assert all(choice["reason"] for stage in plan["stages"] for choice in stage["choices"])
+    assert any("NVIDIA A100 80 GB" in warning for warning in plan["warnings"])
+
+
+def test_what_is_known_not_to_fit_gives_the_plan_and_exit_code_3(maisi):
+    done = maisi("gpu-plan --size 512x512x768 --memory 24GiB --json")
+    assert done.code == 3
+    assert done.json["fits"] is False
+    assert done.json["margin_gib"] == pytest.approx(24 - planning.HEADROOM_GIB - 49.7)
+    assert "needs 49.7 GiB" in done.err
+    text = maisi("gpu-plan --size 512x512x768 --memory 24GiB")
+    assert text.code == 3
+    assert "fits    no, 26.7 GiB short" in text.out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--preset brain-t1-axial --gpu 24g",  # MR was not measured
+        "--preset chest-abdomen --model nano-ct --gpu 24g",
+        "--preset lower --gpu 80g",  # 512x512x384 was not measured
+        "--preset chest-abdomen --gpu cpu",
+        "--preset chest-abdomen --gpu 24g --decoder exact",  # measured with windows only
+        "--preset chest-abdomen --gpu 24g --dtype fp32",
+        "--preset chest-abdomen --gpu 24g --decoder window --window 48x48x32",
+    ],
+)
+def test_what_was_not_measured_is_not_modelled(line, maisi):
+    done = maisi(f"gpu-plan {line} --json")
+    assert done.code == 0
+    plan = done.json
+    assert (plan["fits"], plan["margin_gib"]) == (None, None)
+    assert all((stage["peak_gib"], stage["seconds"]) == (None, None) for stage in plan["stages"])
+    assert any(warning.endswith("not modelled") for warning in plan["warnings"])
+    text = maisi(f"gpu-plan {line}")
+    assert "fits    not modelled" in text.out
+    assert "GiB to spare" not in text.out
+
+
+@pytest.mark.parametrize(
+    "flags", ["--preset chest-abdomen --gpu 24g", "--size 512x512x512 --memory 48GiB", "--gpu cpu"]
+)
+def test_plan_text_and_json_agree(flags, maisi):
+    text, plan = maisi(f"gpu-plan {flags}"), maisi(f"gpu-plan {flags} --json").json
+
+    def figure(value: float | None) -> str:
+        return planning.NOT_MODELLED if value is None else f"{value:g}"
+
+    wanted = [
+        [stage["name"], figure(stage["peak_gib"]), figure(stage["seconds"])] for stage in plan["stages"]
+    ]
+    tables = text.cells("stage")
+    assert tables == wanted
+    choices = []
+    for stage in plan["stages"]:
+        for choice in stage["choices"]:
+            value = tuple(choice["value"]) if isinstance(choice["value"], list) else choice["value"]
+            if value is not None:
+                choices.append([stage["name"], choice["name"], settings.show(value), choice["reason"]])
+    after = text.out[text.out.index("stage    choice") :]
+    assert Done(0, after, "").cells("stage") == choices
+    assert [f"note: {warning}" for warning in plan["warnings"]] == text.err.splitlines()
+
+
+@pytest.mark.parametrize(
+    "row", GPU_ROWS, ids=lambda row: f"{'x'.join(map(str, row['size']))}-{row['windows']}"
+)
+def test_each_measured_row_fits_its_own_memory_and_no_less_than_the_smallest(row, maisi):
+    size = "x".join(map(str, row["size"]))
+    needed = row["peak_gib"] + planning.HEADROOM_GIB
+    assert maisi(f"gpu-plan --size {size} --memory {needed + 0.01:.2f}GiB").code == 0
+    least = min(each["peak_gib"] for each in GPU_ROWS if each["size"] == row["size"]) + planning.HEADROOM_GIB
+    assert maisi(f"gpu-plan --size {size} --memory {least - 0.01:.2f}GiB").code == 3
+
+
+@given(
+    memory=st.floats(1, 200),
+    more=st.floats(0, 100),
+    size=st.sampled_from([tuple(row["size"]) for row in GPU_ROWS]),
+)
+@profile(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_more_memory_never_hurts(memory, more, size):
+    spec = catalog.model("rflow-ct")
+    geometry = presets.preset("chest-abdomen", "region").geometry.resized(size)
+
+    def plan(gib: float) -> planning.Plan:
+        gpu = planning.Gpu(name="GPU", kind="cuda", memory_gib=gib)
+        return planning.predict(spec, geometry, gpu, settings=settings.GenerateSettings())
+
+    small, large = plan(memory), plan(memory + more)
+    assert small.fits is not None
+    assert (small.margin_gib >= 0) is small.fits
+    assert large.fits or not small.fits
+
+    def seconds(made: planning.Plan) -> float:
+        return math.fsum(stage.seconds for stage in made.stages)
+
+    if small.fits:
+        assert seconds(large) <= seconds(small)
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [("24GiB", 24), ("24", 24), ("24 g", 24), ("24576MiB", 24), ("80gb", 74.51), ("22.5gib", 22.5)],
+)
+def test_memory_is_read_in_the_usual_units(text, gib, maisi):
+    assert maisi(f"gpu-plan --memory '{text}' --preset lower --json").json["gpu"]["memory_gib"] == gib
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--gpu 23g", "did you mean '32g' or '24g'"),
+        ("--gpu 24g --memory 24GiB", "exclude each other"),
+        ("--memory lots", "write it like 24GiB"),
+        ("--memory 0", "write it like 24GiB"),
+        ("--memory 24TiB", "write it like 24GiB"),
+        ("--preset chest-abdomn", "did you mean 'chest-abdomen'"),
+        ("--preset 24g", "no region preset named '24g'"),
+        ("--size 500x512x512", "the nearest sizes are 512x512x512"),
+        ("--preset chest --size 500x500x128", "the nearest sizes at this field of view are 512x512x128"),
+        ("--model rflow-tc", "did you mean 'rflow-ct'"),
+        ("--model mine.toml", "there is no model file mine.toml"),
+        ("--decoder exat", "did you mean 'exact'"),
+        ("--dtype fp8", "use auto, fp32, bf16, fp16"),
+        ("--overlap 1", "it must lie in 0..1"),
+        ("--overlap half", "number"),
+        ("--sizes 512x512x128", "--size"),
+        ("--stage train", "no such option"),
+    ],
+)  # fmt: skip
+def test_plan_says_what_is_wrong_and_writes_nothing(line, says, maisi, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = maisi(f"gpu-plan {line} --save plan.json")
+    assert (done.code, done.out) == (2, "")
+    assert says.casefold() in done.err.casefold()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_save_writes_the_same_plan_and_never_over_a_file(maisi, tmp_path):
+    done = maisi("gpu-plan --gpu 24g --save plans/plan.json --json")
+    saved = (tmp_path / "plans" / "plan.json").read_text()
+    assert json.loads(saved) == done.json
+    (tmp_path / "mine.json").write_text("mine")
+    refused = maisi("gpu-plan --gpu 24g --save mine.json")
+    assert (refused.code, refused.out, (tmp_path / "mine.json").read_text()) == (2, "", "mine")
+    assert "--force" in refused.err
+    assert maisi("gpu-plan --gpu 24g --save mine.json --force -q").err == ""
+    assert (tmp_path / "mine.json").read_text() == saved
+
+
+def test_the_model_is_the_presets_unless_it_is_named(maisi, tmp_path, monkeypatch):
+    def model(line: str) -> str:
+        return maisi(f"gpu-plan --gpu cpu --json {line}").json["model"]
+
+    assert model("") == "rflow-ct"
+    assert (
+        model("--preset brain-t1-axial")
+        == presets.preset("brain-t1-axial", "region").values["volume"]["model"]
+    )
+    assert model("--model nano-ct") == "nano-ct"
+    (tmp_path / "config.toml").write_text('model = "ddpm-ct"\n')
+    assert model("") == "ddpm-ct"
+    monkeypatch.setenv("MAISI_MODEL", "nano-ct")
+    assert model("") == "nano-ct"
+    assert model("--model rflow-ct") == "rflow-ct"
+
+
+def test_auto_takes_the_gpu_that_the_driver_reports(maisi, monkeypatch):
+    found = planning.Gpu(name="NVIDIA Test", kind="cuda", memory_gib=23.99)
+    monkeypatch.setattr(planning, "detect", lambda: found)
+    plan = maisi("gpu-plan --preset chest-abdomen --gpu auto --json").json
+    assert plan["gpu"] == {"name": "NVIDIA Test", "kind": "cuda", "memory_gib": 23.99}
+    assert plan["margin_gib"] == pytest.approx(23.99 - planning.HEADROOM_GIB - 21.0)
+
+
+def test_ddpm_takes_its_own_seconds(maisi):
+    stages = maisi("gpu-plan --model ddpm-ct --preset chest-abdomen --gpu 24g --json").json["stages"]
+    assert stages[0]["seconds"] == 138
+
+
+def test_planning_and_recommending_load_no_framework(tmp_path):
+    script = """
+import sys
+from maisi_cli import cli
+cli.build()
+assert "pydantic" not in sys.modules  # Typer loads it to read values
+for line in (["recommend-spacing"], ["gpu-plan", "--gpu", "24g"], ["gpu-plan", "--json"]):
+    assert cli.run(line) == 0, line
+    heavy = {"torch", "monai", "numpy", "scipy", "nibabel", "rich"} & set(sys.modules)
+    assert not heavy, (line, heavy)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MAISI_LOAD_PLUGINS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
