@@ -31,8 +31,9 @@ class VaeTask:
         self.settings = settings
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(find_model(settings.model).networks["vae"])
-        start_as_pyramid(self.network)
-        hold_anchors(self.network)
+        if has_room_for_anchors(self.network):
+            start_as_pyramid(self.network)
+            hold_anchors(self.network)
         # start with a narrow posterior (sigma = exp(-4)): learning does not begin under noise as strong as the latent
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, -8.0)  # type: ignore[union-attr, arg-type]
         if settings.init:
@@ -127,6 +128,12 @@ def start_as_pyramid(network: nn.Module) -> None:
                     module.weight[(row, column, *(n // 2 for n in module.kernel_size))] = 1
     for parameter, entries, value in _anchors(network):
         parameter[entries] = value
+
+
+def has_room_for_anchors(network: nn.Module) -> bool:
+    """Say whether every group of every norm has at least eight channels, so that two of them may stay constant."""
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    return all(norm.num_channels // norm.num_groups >= 8 for norm in norms) and min(norm.num_channels for norm in norms) >= 16
 
 
 def hold_anchors(network: nn.Module) -> None:

@@ -1,0 +1,174 @@
+"""The pipeline with networks of random weights: files, seeds, retries, resuming and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from maisi_cli import quality, synthesis
+from maisi_cli.cli import run
+from maisi_cli.errors import CannotRun, Rejected, UsageError
+from maisi_cli.geometry import Geometry
+from maisi_cli.record import sha256_of
+from maisi_cli.testing import tiny_model
+from maisi_cli.volumes import Mask, Sample, write_mask
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAISI_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MAISI_CONFIG", str(tmp_path / "none.toml"))
+    monkeypatch.chdir(tmp_path)
+
+
+def make(model: str, **values: Any) -> list[Sample]:
+    settings = {"model": model, "size": "32x32x32", "spacing": "12x12x12", "seed": 5, "out": "run", "on_qc_fail": "keep",
+                "name": "s{index}", "preview": False, **values}  # fmt: skip
+    return list(synthesis.generate(**settings))
+
+
+def test_a_sample_has_files_that_agree(model: str) -> None:
+    sample = make(model, preview=True, keep_latent=True)[0]
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "s0_image.nii.gz", "s0_label.nii.gz", "s0_latent.npy", "s0_preview.png", "s0_record.json"]  # fmt: skip
+    image, label = nibabel.load(sample.paths["image"]), nibabel.load(sample.paths["label"])
+    assert (image.get_data_dtype(), label.get_data_dtype()) == (np.int16, np.uint8)
+    assert np.array_equal(image.affine, label.affine)
+    array, labels = np.asarray(image.dataobj), np.asarray(label.dataobj)
+    assert (array[labels == 0] == -1000).all()
+    assert array.min() >= -1000
+    assert array.max() <= 1000
+    assert 200 in labels
+    record = json.loads(sample.paths["record"].read_text())
+    assert record["outputs"]["image"]["sha256"] == sha256_of(sample.paths["image"])
+    assert set(record["timing"]["seconds"]) == {"mask", "denoise", "decode", "save"}
+    assert [part["part"] for part in record["model"]["weights"]] == ["vae", "unet", "controlnet"]
+
+
+def test_a_sample_depends_on_seed_and_index_alone(model: str) -> None:
+    batch = make(model, count=3, out="batch")
+    shard = make(model, count=3, out="shard", shard="3/3")
+    again = make(model, count=3, out="again", config=None)
+    assert [sample.index for sample in shard] == [2]
+    for kind in ("image", "label"):
+        assert batch[2].paths[kind].read_bytes() == shard[0].paths[kind].read_bytes()
+        assert batch[1].paths[kind].read_bytes() == again[1].paths[kind].read_bytes()
+        assert batch[0].paths[kind].read_bytes() != batch[1].paths[kind].read_bytes()
+
+
+def test_resuming_makes_only_what_is_missing(model: str) -> None:
+    first = make(model, count=3)
+    before = [sample.paths["image"].read_bytes() for sample in first]
+    first[1].paths["image"].write_bytes(b"damaged")
+    again = make(model, count=3, resume=True)
+    assert [sample.index for sample in again] == [1]
+    assert [sample.paths["image"].read_bytes() for sample in first] == before
+    with pytest.raises(UsageError, match="another steps"):
+        make(model, count=3, resume=True, steps=3)
+
+
+def test_finished_files_are_not_overwritten(model: str) -> None:
+    make(model)
+    with pytest.raises(UsageError, match="exists"):
+        make(model)
+    assert len(make(model, force=True)) == 1
+
+
+def verdicts(monkeypatch: pytest.MonkeyPatch, *passed: bool) -> list[int]:
+    """Let the checks answer in turn; the last answer stays."""
+    calls: list[int] = []
+
+    def check(image: Any, mask: Any, **_: Any) -> quality.Verdict:
+        calls.append(int(np.asarray(image.array, dtype=np.float64).sum()))
+        answer = passed[min(len(calls), len(passed)) - 1]
+        found = quality.Finding(check="test", label=None, value=0, low=0, high=0, passed=answer, text="the test said no")
+        return quality.Verdict(findings=(found,))
+
+    monkeypatch.setattr(synthesis.quality, "check", check)
+    return calls
+
+
+def test_a_failing_sample_is_tried_again_with_another_seed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = verdicts(monkeypatch, False, False, True)
+    sample = make(model, on_qc_fail="retry")[0]
+    assert len(set(calls)) == 3
+    assert sample.record["attempt"] == 2
+
+
+def test_samples_that_fail_are_dropped_and_the_answer_is_no(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = verdicts(monkeypatch, False)
+    with pytest.raises(Rejected, match="1 of 1 samples"):
+        make(model, on_qc_fail="retry", retries=2)
+    assert len(calls) == 3
+    assert not Path("run").exists()
+
+
+def own_mask(path: Path, size: tuple[int, int, int] = (35, 30, 41)) -> Mask:
+    array = np.zeros(size, dtype=np.uint8)
+    array[4:-4, 4:-4, 4:-4] = 200
+    array[10:20, 10:20, 10:20] = 1
+    mask = Mask(array=array, geometry=Geometry(size=size, spacing=(7.0, 7.0, 8.0)))
+    write_mask(mask, path)
+    return mask
+
+
+def test_a_mask_of_ones_own_keeps_its_grid(model: str) -> None:
+    mask = own_mask(Path("case.nii.gz"))
+    sample = make(model, size=None, spacing=None, mask="case.nii.gz", name="{stem}-{index}")[0]
+    assert sample.id == "case-0"
+    assert sample.image is not None
+    assert sample.image.geometry.close_to(mask.geometry)
+    stored = nibabel.load(sample.paths["image"])
+    given = nibabel.load("case.nii.gz")
+    assert stored.shape == given.shape
+    assert np.allclose(stored.affine, given.affine, atol=1e-5)
+    assert np.array_equal(np.asarray(nibabel.load(sample.paths["label"]).dataobj), np.asarray(given.dataobj))
+
+
+def test_modes(model: str) -> None:
+    assert set(make(model, mode="image", out="image")[0].paths) == {"image", "record"}
+    alone = make(model, mode="mask", out="mask")[0]
+    assert set(alone.paths) == {"label", "record"}
+    assert alone.verdict is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("{oops}", "cannot be filled"), ("a/{index}", "file name"), ("one", "one name")]
+)
+def test_bad_names_are_refused(model: str, name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make(model, name=name, count=2)
+
+
+def test_missing_weights_name_the_command() -> None:
+    with pytest.raises(CannotRun) as caught:
+        synthesis.generate(model="rflow-ct", preset="chest", seed=1)
+    assert "models pull rflow-ct" in str(caught.value.hint)
+
+
+def test_the_command_prints_paths_or_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--model", model, "--size", "32x32x32", "--spacing", "12x12x12", "--seed", "5", "--on-qc-fail", "keep"]
+    assert run([*words, "--out", "a"]) == 0
+    text = capsys.readouterr()
+    paths = [Path(line) for line in text.out.splitlines()]
+    assert len(paths) == 4
+    assert all(path.is_file() for path in paths)
+    assert run([*words, "--out", "b", "--json", "-q"]) == 0
+    text = capsys.readouterr()
+    assert text.err == ""
+    sample = json.loads(text.out)
+    assert sample["schema"] == "maisi.sample/1"
+    assert set(sample["seconds"]) == {"mask", "denoise", "decode", "save"}
+    assert Path(sample["image"]).read_bytes() == paths[0].read_bytes()
+    assert run(["generate", "--config", sample["record"], "--out", "c", "-q"]) == 0
+    repeated = Path(capsys.readouterr().out.splitlines()[0])
+    assert repeated.read_bytes() == paths[0].read_bytes()
