@@ -51,9 +51,7 @@ class Done:
 
 
 @pytest.fixture
-def maisi(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], Done]:
+def maisi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Done]:
     """Return a function that runs a command line in an empty folder, away from the user's own settings."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAISI_HOME", str(tmp_path / "home"))
@@ -142,9 +140,7 @@ def test_a_size_that_the_model_cannot_make_is_out_of_distribution(maisi):
     assert "512x512x128" in row["reason"]
 
 
-@pytest.mark.parametrize(
-    "line", ["", "--modality mri", "--region abdomen", "--modality ct --size 256x256x128"]
-)
+@pytest.mark.parametrize("line", ["", "--modality mri", "--region abdomen", "--modality ct --size 256x256x128"])
 def test_spacing_text_and_json_agree(line, maisi):
     text, data = maisi(f"recommend-spacing {line}"), maisi(f"recommend-spacing {line} --json").json
     cells = text.cells("preset")
@@ -310,18 +306,14 @@ def test_what_was_not_measured_is_not_modelled(line, maisi):
     assert "GiB to spare" not in text.out
 
 
-@pytest.mark.parametrize(
-    "flags", ["--preset chest-abdomen --gpu 24g", "--size 512x512x512 --memory 48GiB", "--gpu cpu"]
-)
+@pytest.mark.parametrize("flags", ["--preset chest-abdomen --gpu 24g", "--size 512x512x512 --memory 48GiB", "--gpu cpu"])
 def test_plan_text_and_json_agree(flags, maisi):
     text, plan = maisi(f"gpu-plan {flags}"), maisi(f"gpu-plan {flags} --json").json
 
     def figure(value: float | None) -> str:
         return planning.NOT_MODELLED if value is None else f"{value:g}"
 
-    wanted = [
-        [stage["name"], figure(stage["peak_gib"]), figure(stage["seconds"])] for stage in plan["stages"]
-    ]
+    wanted = [[stage["name"], figure(stage["peak_gib"]), figure(stage["seconds"])] for stage in plan["stages"]]
     tables = text.cells("stage")
     assert tables == wanted
     choices = []
@@ -335,9 +327,7 @@ def test_plan_text_and_json_agree(flags, maisi):
     assert [f"note: {warning}" for warning in plan["warnings"]] == text.err.splitlines()
 
 
-@pytest.mark.parametrize(
-    "row", GPU_ROWS, ids=lambda row: f"{'x'.join(map(str, row['size']))}-{row['windows']}"
-)
+@pytest.mark.parametrize("row", GPU_ROWS, ids=lambda row: f"{'x'.join(map(str, row['size']))}-{row['windows']}")
 def test_each_measured_row_fits_its_own_memory_and_no_less_than_the_smallest(row, maisi):
     size = "x".join(map(str, row["size"]))
     needed = row["peak_gib"] + planning.HEADROOM_GIB
@@ -427,10 +417,7 @@ def test_the_model_is_the_presets_unless_it_is_named(maisi, tmp_path, monkeypatc
         return maisi(f"gpu-plan --gpu cpu --json {line}").json["model"]
 
     assert model("") == "rflow-ct"
-    assert (
-        model("--preset brain-t1-axial")
-        == presets.preset("brain-t1-axial", "region").values["volume"]["model"]
-    )
+    assert model("--preset brain-t1-axial") == presets.preset("brain-t1-axial", "region").values["volume"]["model"]
     assert model("--model nano-ct") == "nano-ct"
     (tmp_path / "config.toml").write_text('model = "ddpm-ct"\n')
     assert model("") == "ddpm-ct"

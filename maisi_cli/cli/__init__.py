@@ -78,8 +78,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         output.fail(error.message, error.hint)
         return error.exit_code
-    except BrokenPipeError:
-        _discard_stdout()
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _discard_stdout()  # Typer leaves by SystemExit(1) when stdout is closed
         return PIPE_CLOSED
     except (KeyboardInterrupt, typer.Abort):
         output.fail("interrupted; finished files are complete, unfinished ones were removed")
@@ -127,5 +129,3 @@ def main() -> NoReturn:
 
 def _terminated(number: int, _frame: Any) -> NoReturn:
     raise KeyboardInterrupt
-
-

@@ -32,19 +32,13 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A mode
 
 @presets_app.command(
     "list",
-    epilog=examples(
-        "maisi presets list", "maisi presets list --kind gpu", "maisi presets list --modality mri-t1 --json"
-    ),
+    epilog=examples("maisi presets list", "maisi presets list --kind gpu", "maisi presets list --modality mri-t1 --json"),
 )
 def presets_list(
-    kind: Annotated[
-        str | None, typer.Option("--kind", metavar="NAME", help="region, gpu or train.", show_default=False)
-    ] = None,
+    kind: Annotated[str | None, typer.Option("--kind", metavar="NAME", help="region, gpu or train.", show_default=False)] = None,
     modality: Annotated[
         str | None,
-        typer.Option(
-            "--modality", metavar="NAME", help="Only region presets of a modality.", show_default=False
-        ),
+        typer.Option("--modality", metavar="NAME", help="Only region presets of a modality.", show_default=False),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -99,9 +93,7 @@ def _preset_row(preset: Preset) -> Row:
 
 @presets_app.command(
     "show",
-    epilog=examples(
-        "maisi presets show chest-abdomen", "maisi presets show 24g", "maisi presets show abdomen --json"
-    ),
+    epilog=examples("maisi presets show chest-abdomen", "maisi presets show 24g", "maisi presets show abdomen --json"),
 )
 def presets_show(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset, or a preset file.")],
@@ -165,9 +157,7 @@ def _preset_file(name: str) -> Path:
 
 @presets_app.command(
     "validate",
-    epilog=examples(
-        "maisi presets validate my-liver.toml", "maisi presets validate my-liver.toml chest-abdomen --json"
-    ),
+    epilog=examples("maisi presets validate my-liver.toml", "maisi presets validate my-liver.toml chest-abdomen --json"),
 )
 def presets_validate(
     names: Annotated[list[str], typer.Argument(metavar="FILE|NAME...", help="Preset files, or presets.")],
@@ -193,14 +183,10 @@ def presets_validate(
 
 @presets_app.command(
     "new",
-    epilog=examples(
-        "maisi presets new my-liver --from abdomen", "maisi presets new my-gpu --from 24g --out presets/"
-    ),
+    epilog=examples("maisi presets new my-liver --from abdomen", "maisi presets new my-gpu --from 24g --out presets/"),
 )
 def presets_new(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name of the new preset: small letters, digits, hyphens.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new preset: small letters, digits, hyphens.")],
     base: Annotated[str, typer.Option("--from", metavar="NAME", help="Preset that it extends.")],
     out: Annotated[
         Path,
@@ -232,9 +218,7 @@ def presets_new(
         return
     output.data(str(path))
     task = parent.values.get("train", {}).get("kind", "vae")
-    used = {"region": "generate --preset", "gpu": "generate --gpu", "train": f"train {task} --preset"}[
-        parent.kind
-    ]
+    used = {"region": "generate --preset", "gpu": "generate --gpu", "train": f"train {task} --preset"}[parent.kind]
     output.say(f"use it with  maisi {used} {name if out == OWN_PRESETS else path}")
 
 
@@ -295,9 +279,7 @@ def models_list(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = 
 
 @models_app.command(
     "show",
-    epilog=examples(
-        "maisi models show nano-ct", "maisi models show rflow-ct --json", "maisi models show nano-ct --toml"
-    ),
+    epilog=examples("maisi models show nano-ct", "maisi models show rflow-ct --json", "maisi models show nano-ct --toml"),
 )
 def models_show(
     name: ModelName,
@@ -342,10 +324,7 @@ def _model_facts(spec: ModelSpec) -> Row:
         "max_volume": spec.max_volume or None,
         "scheduler": plain(spec.scheduler),
         "defaults": plain(spec.defaults),
-        "networks": {
-            part: {"kind": network.kind, **plain(network.arguments)}
-            for part, network in spec.networks.items()
-        },
+        "networks": {part: {"kind": network.kind, **plain(network.arguments)} for part, network in spec.networks.items()},
         "weights": weights,
     }
 
@@ -368,10 +347,7 @@ def _print_model(spec: ModelSpec) -> None:
         ("networks", networks),
     ])  # fmt: skip
     output.data("")
-    cells = [
-        [row["part"], number(row["mib"]), yes(row["installed"]), row["repo"], row["file"]]
-        for row in about["weights"]
-    ]
+    cells = [[row["part"], number(row["mib"]), yes(row["installed"]), row["repo"], row["file"]] for row in about["weights"]]
     output.table(["part", "MiB", "installed", "from", "file"], cells, right=("MiB",))
 
 
@@ -387,16 +363,12 @@ def _limit_facts(limits: Limits) -> list[tuple[str, str]]:
     rows = [("sizes", sizes), ("spacing", f"x and y {in_plane} mm; z {along} mm")]
     if limits.fov_xy_min_mm:
         good = f", {limits.fov_xy_good_mm:g} mm for the body"
-        rows.append(
-            ("fov", f"at least {limits.fov_xy_min_mm:g} mm across{good if limits.fov_xy_good_mm else ''}")
-        )
+        rows.append(("fov", f"at least {limits.fov_xy_min_mm:g} mm across{good if limits.fov_xy_good_mm else ''}"))
     return rows
 
 
 @models_app.command("path", epilog=examples("maisi models path nano-ct", "maisi models path rflow-ct --json"))
-def models_path(
-    name: ModelName, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+def models_path(name: ModelName, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print where the weight files of a model lie, or belong, one a line."""
     from ..catalog import model
 
@@ -426,10 +398,7 @@ def plugins_list(as_json: Json = False, quiet: Quiet = False, verbose: Verbose =
         rows = [{**dataclasses.asdict(info), "adds": list(info.adds)} for info in infos]
         output.json_out({"schema": "maisi.plugins/1", "plugins": rows})
         return
-    cells = [
-        [info.name, info.package, info.version, info.problem or words(info.adds) or "nothing"]
-        for info in infos
-    ]
+    cells = [[info.name, info.package, info.version, info.problem or words(info.adds) or "nothing"] for info in infos]
     output.table(["plugin", "package", "version", "adds"], cells)
 
 
@@ -438,9 +407,7 @@ def plugins_list(as_json: Json = False, quiet: Quiet = False, verbose: Verbose =
 
 def info(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="NIfTI file, record, model or preset file.")],
-    vocabulary: Annotated[
-        str, typer.Option("--labels", metavar="NAME|FILE", help="Vocabulary of a label map.")
-    ] = "maisi",
+    vocabulary: Annotated[str, typer.Option("--labels", metavar="NAME|FILE", help="Vocabulary of a label map.")] = "maisi",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -578,8 +545,6 @@ def register(app: typer.Typer) -> None:
     app.add_typer(labels.app, name="labels")
     app.add_typer(models_app, name="models")
     app.add_typer(plugins_app, name="plugins")
-    epilog = examples(
-        "maisi info label.nii.gz", "maisi info sample_record.json", "maisi info ct.nii.gz --json"
-    )
+    epilog = examples("maisi info label.nii.gz", "maisi info sample_record.json", "maisi info ct.nii.gz --json")
     app.command("info", epilog=epilog)(info)
     doctor.register(app)

@@ -109,9 +109,7 @@ def _machine() -> list[Check]:
     gpu, memory = detect(), host_memory_gib()
     if gpu.kind == "cuda":
         usable = _cuda_of_torch() is not None
-        text = (
-            f"{gpu.name}, {gpu.memory_gib:g} GiB{'' if usable else ', which this build of torch cannot use'}"
-        )
+        text = f"{gpu.name}, {gpu.memory_gib:g} GiB{'' if usable else ', which this build of torch cannot use'}"
         hint = "install a build of torch with CUDA, see https://pytorch.org/get-started/locally"
         checks = [_check("gpu", text, ok=usable, hint=hint)]
     else:

@@ -38,9 +38,7 @@ MEMORY_UNITS_GIB = {
 def recommend_spacing(
     region: Annotated[
         str | None,
-        typer.Option(
-            "--region", metavar="A,B", help="Body regions: head, chest, abdomen, lower.", show_default=False
-        ),
+        typer.Option("--region", metavar="A,B", help="Body regions: head, chest, abdomen, lower.", show_default=False),
     ] = None,
     modality: Annotated[
         str | None,
@@ -53,9 +51,7 @@ def recommend_spacing(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(
-            "--size", metavar="XxYxZ", help="Voxels to spread the field of view over.", show_default=False
-        ),
+        typer.Option("--size", metavar="XxYxZ", help="Voxels to spread the field of view over.", show_default=False),
     ] = None,
     data: Annotated[
         Path | None,
@@ -111,11 +107,7 @@ def _nothing_for(region: str | None, modality: str | None) -> Exception:
     from .. import presets
     from ..errors import UsageError
 
-    wanted = " and ".join(
-        text
-        for text in (f"regions {region}" if region else "", f"modality {modality}" if modality else "")
-        if text
-    )
+    wanted = " and ".join(text for text in (f"regions {region}" if region else "", f"modality {modality}" if modality else "") if text)
     covered = {",".join(row["region"]): row for row in presets.rank(modality=modality)}
     if covered:
         hint = f"for this modality there are --region {' | '.join(covered)}"
@@ -141,11 +133,7 @@ def _measure(folder: Path) -> dict[str, Any]:
         except MaisiError as error:
             skipped.append({"path": str(path), "problem": error.message})
     if not grids:
-        found = (
-            f"none of its {len(paths)} NIfTI files can be read: {skipped[0]['problem']}"
-            if paths
-            else "it holds no .nii.gz or .nii"
-        )
+        found = f"none of its {len(paths)} NIfTI files can be read: {skipped[0]['problem']}" if paths else "it holds no .nii.gz or .nii"
         raise UsageError(f"{folder}: {found}", hint="give the folder that holds your .nii.gz files")
     per_axis = [[grid.fov_mm[axis] for grid in grids] for axis in range(3)]
     return {
@@ -172,10 +160,7 @@ def _matched(rows: Sequence[Mapping[str, Any]], fov_mm: Sequence[float]) -> list
             x = y = max(x, y)
         geometry = Geometry.parse(size=row["size"], fov=(x, y, z))
         verdict, reason = presets.judge(geometry, against)
-        off = max(
-            abs(mine / median - 1)
-            for mine, median in zip(geometry.fov_mm, against.geometry.fov_mm, strict=True)
-        )
+        off = max(abs(mine / median - 1) for mine, median in zip(geometry.fov_mm, against.geometry.fov_mm, strict=True))
         made = {
             **row,
             "spacing_mm": [round(mm, 4) for mm in geometry.spacing],
@@ -201,9 +186,7 @@ def gpu_plan(
             show_default=False,
         ),
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="XxYxZ", help="Voxels.", show_default=False)
-    ] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="XxYxZ", help="Voxels.", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -246,9 +229,7 @@ def gpu_plan(
     ] = None,
     overlap: Annotated[
         float | None,
-        typer.Option(
-            "--overlap", metavar="SHARE", help="Overlap of windows, 0 to below 1.", show_default=False
-        ),
+        typer.Option("--overlap", metavar="SHARE", help="Overlap of windows, 0 to below 1.", show_default=False),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -256,9 +237,7 @@ def gpu_plan(
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(
-            "--save", metavar="FILE", help="Write the plan as JSON to a file as well.", show_default=False
-        ),
+        typer.Option("--save", metavar="FILE", help="Write the plan as JSON to a file as well.", show_default=False),
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -294,9 +273,7 @@ def gpu_plan(
     if save is not None:
         import json
 
-        write_atomic(
-            save, (json.dumps(made.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        )
+        write_atomic(save, (json.dumps(made.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if as_json:
         output.json_out(made.as_dict())
     else:
@@ -317,9 +294,7 @@ def _plan(flags: Mapping[str, Any], device: Gpu | None, *, only_size: bool) -> P
     spec = catalog.model(chosen.model)
     warnings = list(resolved.notes)
     if not spec.installed(chosen.mode):
-        warnings.append(
-            f"{spec.name} is not installed; where its files belong:  maisi models show {spec.name}"
-        )
+        warnings.append(f"{spec.name} is not installed; where its files belong:  maisi models show {spec.name}")
     if only_size:
         geometry: Geometry = chosen.geometry()
         if not spec.valid_size(geometry.size):
@@ -346,9 +321,7 @@ def _resolve(flags: Mapping[str, Any]) -> Resolved:
         outer.update(layer.values if layer else {})
     named = flags["model"] or outer.get("model")
     if named in (None, "auto"):
-        region = presets.preset(
-            flags["preset"] or outer.get("preset") or settings.GenerateSettings().preset, "region"
-        )
+        region = presets.preset(flags["preset"] or outer.get("preset") or settings.GenerateSettings().preset, "region")
         named = str(region.values["volume"].get("model", "rflow-ct"))
     modes = catalog.model(named).modes
     mode = outer.get("mode") or ("paired" if "paired" in modes else modes[0])

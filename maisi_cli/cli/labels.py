@@ -36,9 +36,7 @@ def list_labels(
         str | None,
         typer.Option("--group", metavar="NAME", help="Only one group, such as organ.", show_default=False),
     ] = None,
-    region: Annotated[
-        str | None, typer.Option("--region", metavar="NAME", help="Only one body region.", show_default=False)
-    ] = None,
+    region: Annotated[str | None, typer.Option("--region", metavar="NAME", help="Only one body region.", show_default=False)] = None,
     sets: Annotated[bool, typer.Option("--sets", help="List the vocabularies that can be mapped.")] = False,
     modalities: Annotated[bool, typer.Option("--modalities", help="List the imaging modalities.")] = False,
     as_json: Json = False,
@@ -49,9 +47,7 @@ def list_labels(
     from ..errors import UsageError
 
     if sum((sets, modalities, group is not None or region is not None)) > 1:
-        raise UsageError(
-            "--sets, --modalities and --group or --region exclude each other", hint="leave all but one out"
-        )
+        raise UsageError("--sets, --modalities and --group or --region exclude each other", hint="leave all but one out")
     if sets:
         _list_sets(as_json)
     elif modalities:
@@ -69,11 +65,7 @@ def _list_labels(group: str | None, region: str | None, as_json: bool) -> None:
     if group is not None and group not in groups:
         raise unknown("group of labels", group, groups, see="maisi labels list")
     place = REGIONS[region_index(region)] if region is not None else None
-    rows = [
-        _row(label)
-        for label in labels
-        if group in (None, label.group) and (place is None or place in label.regions)
-    ]
+    rows = [_row(label) for label in labels if group in (None, label.group) and (place is None or place in label.regions)]
     if as_json:
         output.json_out({"schema": "maisi.labels/1", "vocabulary": "maisi", "labels": rows})
         return
@@ -91,9 +83,7 @@ def _list_sets(as_json: bool) -> None:
     from ..anatomy import maisi, remaps
 
     count = len(maisi().labels)
-    rows: list[Row] = [
-        {"name": "maisi", "labels": count, "mapped": count, "summary": "the vocabulary of every output"}
-    ]
+    rows: list[Row] = [{"name": "maisi", "labels": count, "mapped": count, "summary": "the vocabulary of every output"}]
     for name, remap in remaps().items():
         counts = {"labels": len(remap.names), "mapped": len(remap.pairs)}
         rows.append({"name": name, **counts, "summary": remap.summary})
@@ -127,9 +117,7 @@ def _list_modalities(as_json: bool) -> None:
     ),
 )
 def show(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME|SET", help="A label by name or id, a label set, or a remap file.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME|SET", help="A label by name or id, a label set, or a remap file.")],
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -181,11 +169,7 @@ def _show_label(label: Label, as_json: bool) -> None:
     from ..anatomy import maisi, remaps
 
     partners = {
-        source: [
-            {"id": value, "name": remap.names.get(value, f"id {value}")}
-            for value, to in remap.pairs.items()
-            if to == label.id
-        ]
+        source: [{"id": value, "name": remap.names.get(value, f"id {value}")} for value, to in remap.pairs.items() if to == label.id]
         for source, remap in remaps().items()
     }
     host = None if label.host is None else maisi().name_of(label.host)
@@ -301,9 +285,7 @@ def _description(source: Path, done: str) -> str:
 )
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Label map.")],
-    labels: Annotated[
-        str, typer.Option("--labels", metavar="NAME|FILE", help="Vocabulary of the file.")
-    ] = "maisi",
+    labels: Annotated[str, typer.Option("--labels", metavar="NAME|FILE", help="Vocabulary of the file.")] = "maisi",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
