@@ -141,7 +141,9 @@ class ModelSpec:
 
     def nearest(self, geometry: Geometry, count: int = 2) -> list[Geometry]:
         """Return the `count` valid sizes nearest to a geometry, at its field of view."""
-        return [geometry.resized(size) for size in sorted(self._sizes(geometry.size), key=lambda size: _distance(size, geometry.size))[:count]]
+        return [
+            geometry.resized(size) for size in sorted(self._sizes(geometry.size), key=lambda size: _distance(size, geometry.size))[:count]
+        ]
 
     def _sizes(self, wanted: Size) -> list[Size]:
         limits = self.limits
@@ -181,7 +183,9 @@ class ModelSpec:
         fits = self.valid_size(size) or (own_mask and limits.pads and max(size) <= 2 * limits.size_max)
         if not fits:
             near = " or ".join(f"{format_triple(g.size)} (spacing {_mm(g.spacing)} mm)" for g in self.nearest(geometry))
-            raise UsageError(f"model {self.name} cannot make {format_triple(size)}", hint=f"the nearest sizes at this field of view are {near}")
+            raise UsageError(
+                f"model {self.name} cannot make {format_triple(size)}", hint=f"the nearest sizes at this field of view are {near}"
+            )
         problems: list[str] = []
         for name, value, (low, high) in (("x", geometry.spacing[0], limits.spacing_xy_mm), ("y", geometry.spacing[1], limits.spacing_xy_mm),
                                          ("z", geometry.spacing[2], limits.spacing_z_mm)):  # fmt: skip
@@ -207,7 +211,11 @@ class ModelSpec:
         if mode not in MODES:
             raise unknown("mode", mode, MODES, see="maisi generate --help")
         if mode not in self.modes:
-            why = "it has no ControlNet, and no weights that pair MR images with masks were released" if self.modality != "ct" else "it has no ControlNet"
+            why = (
+                "it has no ControlNet, and no weights that pair MR images with masks were released"
+                if self.modality != "ct"
+                else "it has no ControlNet"
+            )
             raise UsageError(f"model {self.name} makes {' and '.join(self.modes)} only: {why}", hint=f"use --mode {self.modes[0]}")
 
     def check_modality(self, name: str) -> None:

@@ -40,9 +40,7 @@ def add_body(
     """
     require_same_grid(image, mask)
     if not image.modality.startswith("ct"):
-        raise UsageError(
-            f"a body envelope is found by HU, and the image is {image.modality}", hint="give its CT"
-        )
+        raise UsageError(f"a body envelope is found by HU, and the image is {image.modality}", hint="give its CT")
     if closing < 1 or bed < 1 or closing % 2 == 0 or bed % 2 == 0:
         raise UsageError(f"boxes of {closing} and {bed} voxels are not odd", hint="use 3 and 5")
     labelled = mask.array > 0
@@ -78,9 +76,7 @@ def _tell(labels: NDArray[np.uint8], removed: int, on_event: OnEvent) -> None:
     on_event(Note(text=f"body envelope: {shares}"))
     if removed:
         lungs = np.isin(LUNG, labels).any()
-        text = (
-            f"took {removed / max(1, removed + envelope):.1%} of the envelope for the table: dark and large"
-        )
+        text = f"took {removed / max(1, removed + envelope):.1%} of the envelope for the table: dark and large"
         if not lungs:
             text += "; no lung is labelled: if it is the lungs, keep them with lungs_labelled=False"
         on_event(Note(text=text, level="info" if lungs else "warning"))
@@ -107,9 +103,7 @@ def erode(bits: Bits, box: int, *, outside: bool) -> Bits:
     for axis in range(3):
         before = result.copy()
         for shift in range(1, box // 2 + 1):
-            low, high = (
-                np.moveaxis(result, axis, 0)[part] for part in (slice(None, -shift), slice(shift, None))
-            )
+            low, high = (np.moveaxis(result, axis, 0)[part] for part in (slice(None, -shift), slice(shift, None)))
             source = np.moveaxis(before, axis, 0)
             low &= source[shift:]
             high &= source[:-shift]

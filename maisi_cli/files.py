@@ -27,9 +27,7 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
-        raise CannotRun(
-            f"cannot write to {path.parent}: {error.strerror}", hint="choose another --out"
-        ) from error
+        raise CannotRun(f"cannot write to {path.parent}: {error.strerror}", hint="choose another --out") from error
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -41,9 +39,7 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> No
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise CannotRun(
-            f"cannot write {path}: {error.strerror}", hint="free disk space or choose another --out"
-        ) from error
+        raise CannotRun(f"cannot write {path}: {error.strerror}", hint="free disk space or choose another --out") from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise

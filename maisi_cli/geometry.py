@@ -87,7 +87,8 @@ class Geometry:
         mm = parse_mm(spacing) if spacing is not None else None
         extent = parse_mm(fov, "fov") if fov is not None else None
         if voxels is None:
-            assert mm is not None and extent is not None
+            assert mm is not None
+            assert extent is not None
             x, y, z = (max(1, round(e / s)) for e, s in zip(extent, mm, strict=True))
             voxels = (x, y, z)
             extent = None
@@ -96,9 +97,7 @@ class Geometry:
             x_mm, y_mm, z_mm = (e / n for e, n in zip(extent, voxels, strict=True))
             mm = (x_mm, y_mm, z_mm)
         made = cls(size=voxels, spacing=mm)
-        if extent is not None and any(
-            abs(a - b) > 0.005 * b for a, b in zip(made.fov_mm, extent, strict=True)
-        ):
+        if extent is not None and any(abs(a - b) > 0.005 * b for a, b in zip(made.fov_mm, extent, strict=True)):
             raise UsageError(
                 f"size {format_triple(voxels)} times spacing {format_triple(mm)} mm is "
                 f"{format_triple(made.fov_mm)} mm, not the fov {format_triple(extent)} mm",

@@ -118,7 +118,7 @@ def _use_fused_attention(network: nn.Module) -> None:
     """Let MONAI's attention blocks call `scaled_dot_product_attention`, which runs on every device."""
     for part in network.modules():
         if hasattr(part, "use_flash_attention") and not getattr(part, "save_attn", False):
-            part.use_flash_attention = True
+            part.use_flash_attention = True  # type: ignore[assignment]
 
 
 def binarise(labels: Tensor, *, dtype: torch.dtype = torch.float32, channels: int = 8) -> Tensor:

@@ -172,7 +172,8 @@ def predict(
     if row is not None:
         notes.append(f"memory and seconds were measured on {row['device']} ({row['source']})")
     if fits is None:
-        notes.append(f"memory and time of {spec.name} at {format_triple(geometry.size) if geometry else 'the size of the mask'} on {gpu.name}: {reason}")
+        where = format_triple(geometry.size) if geometry else "the size of the mask"
+        notes.append(f"memory and time of {spec.name} at {where} on {gpu.name}: {reason}")
     return Plan(model=spec.name, geometry=geometry, gpu=gpu, stages=tuple(stages), fits=fits, margin_gib=margin, warnings=tuple(notes))
 
 
@@ -211,7 +212,8 @@ def require_fit(made: Plan) -> None:
     """Raise `CannotRun` with ways out when a plan is known not to fit."""
     if made.fits is False:
         peak = next(stage.peak_gib for stage in made.stages if stage.peak_gib is not None)
+        size = format_triple(made.geometry.size) if made.geometry else "?"
         raise CannotRun(
-            f"{made.model} at {format_triple(made.geometry.size) if made.geometry else '?'} needs {peak:g} GiB; {made.gpu.name} has {made.gpu.memory_gib:g}",
+            f"{made.model} at {size} needs {peak:g} GiB; {made.gpu.name} has {made.gpu.memory_gib:g}",
             hint="use a smaller --size, or --model nano-ct",
         )

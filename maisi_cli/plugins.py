@@ -98,18 +98,16 @@ def load(only: str | None = None, *, trace: bool = False, extra: dict[str, Any] 
 
     registries: dict[str, Registry[Any]] = {kind: Registry(word, see=see) for kind, (word, see) in KINDS.items()}
     infos = []
-    for name, package, version, plugin, problem in found:
+    for name, package, version, plugin, trouble in found:
         adds: tuple[str, ...] = ()
         if plugin is not None:
             manager.register(plugin, name)
             adds = _fill(registries, plugin, manager, owner=package if package != "?" else name)
-        infos.append(PluginInfo(name=name, package=package, version=version, adds=adds, problem=problem))
+        infos.append(PluginInfo(name=name, package=package, version=version, adds=adds, problem=trouble))
     return Plugins(manager=manager, registries=registries, infos=tuple(infos))
 
 
-def _fill(
-    registries: dict[str, Registry[Any]], plugin: Any, manager: pluggy.PluginManager, *, owner: str
-) -> tuple[str, ...]:
+def _fill(registries: dict[str, Registry[Any]], plugin: Any, manager: pluggy.PluginManager, *, owner: str) -> tuple[str, ...]:
     others = [other for other in manager.get_plugins() if other is not plugin]
     added: list[str] = []
 

@@ -167,7 +167,9 @@ def validate(path: Path) -> list[str]:
         elif not isinstance(value, Mapping) and key != "measured":
             return [*problems, f"{key} is {value!r}, not a table [{key}]"]
         elif isinstance(value, Mapping) and known[key]:
-            problems.extend(_misspelt(f"{key}.{inner}", [f"{key}.{each}" for each in known[key]]) for inner in value if inner not in known[key])
+            problems.extend(
+                _misspelt(f"{key}.{inner}", [f"{key}.{each}" for each in known[key]]) for inner in value if inner not in known[key]
+            )
     if kind == "region":
         volume = data.get("volume", {})
         for needed in ("size", "spacing"):
@@ -216,9 +218,7 @@ def train_preset(name: str) -> Mapping[str, Any]:
 # --- how well a volume agrees with the training data ------------------------------------
 
 
-def rank(
-    *, regions: Sequence[str] | None = None, modality: str | None = None, size: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
+def rank(*, regions: Sequence[str] | None = None, modality: str | None = None, size: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Return the rows of `recommend-spacing`, the most common training data first.
 
     With `size` the spacing is the preset's field of view divided by it, and the verdict is that of the result.
@@ -276,7 +276,10 @@ def judge(geometry: Geometry, against: Preset) -> tuple[str, str]:
         return "ok", "field of view of the training median" if off < 0.005 else f"field of view within {off:.0%} of the training median"
     if off <= 0.40 and long <= 8:
         if off > 0.15:
-            return "marginal", f"field of view {off:.0%} off the training median {format_triple(round(f) for f in against.geometry.fov_mm)} mm"
+            return (
+                "marginal",
+                f"field of view {off:.0%} off the training median {format_triple(round(f) for f in against.geometry.fov_mm)} mm",
+            )
         return "marginal", f"voxels {long:.1f} times as long as wide"
     if long > 8:
         return "ood", f"voxels {long:.1f} times as long as wide"

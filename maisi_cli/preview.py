@@ -69,9 +69,7 @@ class Window:
     through: tuple[int, int, int] | None = None
 
 
-def preview(
-    image: Volume | None, mask: Mask | None, path: str | Path, *, title: str = "", force: bool = False
-) -> Path:
+def preview(image: Volume | None, mask: Mask | None, path: str | Path, *, title: str = "", force: bool = False) -> Path:
     """Write the three-plane picture of an image, a mask or both as PNG; return its path.
 
     Raises `UsageError` when the file exists and `force` is not set.
@@ -154,11 +152,7 @@ def centre(image: Volume | None, mask: Mask | None) -> tuple[int, int, int]:
         else:
             chosen = mask.array > 0
     elif image is not None:
-        level = (
-            -500.0
-            if image.modality.startswith("ct")
-            else float(np.percentile(image.array[::2, ::2, ::2], 75))
-        )
+        level = -500.0 if image.modality.startswith("ct") else float(np.percentile(image.array[::2, ::2, ::2], 75))
         chosen = image.array > level
     size = item.geometry.size
     return _middle(chosen) if chosen is not None else _middle(np.zeros(size, dtype=bool))

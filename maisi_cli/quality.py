@@ -170,9 +170,7 @@ def hu_median(image: Volume, mask: Mask | None, context: Context) -> list[Findin
             passed = low <= median <= high
             where = "within" if passed else "outside"
             text = f"median {median:.1f} HU in the {name}, {where} {low:.1f}..{high:.1f}"
-        findings.append(
-            Finding(check="hu-median", label=name, value=median, low=low, high=high, passed=passed, text=text)
-        )
+        findings.append(Finding(check="hu-median", label=name, value=median, low=low, high=high, passed=passed, text=text))
     return findings
 
 
@@ -323,11 +321,7 @@ def hu_steps(image: Volume, mask: Mask) -> list[Finding]:
         low, high = (least, None) if row["sign"] > 0 else (None, -least)
         follows = step >= least if row["sign"] > 0 else step <= -least
         expected = f"{'at least' if row['sign'] > 0 else 'at most'} {row['sign'] * least:+.0f}"
-        verdict = (
-            f"as expected ({expected})"
-            if follows
-            else f"expected {expected}: the image may not follow the mask"
-        )
+        verdict = f"as expected ({expected})" if follows else f"expected {expected}: the image may not follow the mask"
         findings.append(
             Finding(
                 check="follows-mask",

@@ -73,18 +73,13 @@ def build(
         "seed": seed,
         "attempt": attempt,
         "derived_seed": derived_seed,
-        "settings": {
-            name: {"value": plain(value), "origin": origins[name]} for name, value in settings.items()
-        },
+        "settings": {name: {"value": plain(value), "origin": origins[name]} for name, value in settings.items()},
         "model": plain(model),
         "modality": modality,
         "geometry": plain(geometry),
         "mask": plain(mask),
         "qc": plain(verdict.as_dict()) if verdict is not None else None,
-        "outputs": {
-            kind: {"file": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size}
-            for kind, path in outputs.items()
-        },
+        "outputs": {kind: {"file": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for kind, path in outputs.items()},
         "notes": list(notes),
         "plugins": plain(plugins or {}),
         "timing": {

@@ -52,9 +52,7 @@ class Registry(Generic[T]):
         try:
             found: Any = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise MaisiError(
-                f"the {self.kind} {name!r} of {entry.owner} cannot be loaded from {entry.target}: {error}"
-            ) from error
+            raise MaisiError(f"the {self.kind} {name!r} of {entry.owner} cannot be loaded from {entry.target}: {error}") from error
         return found
 
     def entry(self, name: str) -> Entry[T]:

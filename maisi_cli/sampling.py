@@ -118,10 +118,8 @@ def ddpm(
     one = torch.ones((), device=noise.device)
     x = noise
     for i, t in enumerate(schedule.times.tolist()):
-        if schedule.compat:
-            before = t - 1
-        else:
-            before = int(schedule.times[i + 1]) if i + 1 < len(schedule) else -1
+        following = int(schedule.times[i + 1]) if i + 1 < len(schedule) else -1
+        before = t - 1 if schedule.compat else following
         a_t, a_before = alphas[t], alphas[before] if before >= 0 else one
         alpha = a_t / a_before
         epsilon = denoise(x, torch.tensor(float(t)))

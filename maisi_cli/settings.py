@@ -188,7 +188,7 @@ def flatten(tables: Mapping[str, Any], origin: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tables.items():
         if isinstance(value, Mapping) and key in _TABLES:
-            flat.update({inner: each for inner, each in value.items()})
+            flat.update(value)
         elif key not in ("schema",):
             flat[key] = value
     return {key.replace("-", "_"): parse_value(key.replace("-", "_"), value, origin) for key, value in flat.items()}
@@ -258,7 +258,7 @@ def resolve(
     `flags` are keyword values (None means not given); `config` are the settings of a record that is run again, as strong
     as flags but below them. Raises `UsageError` for whatever is wrong, before anything heavy is loaded.
     """
-    from . import catalog, presets
+    from . import presets
 
     given = {key: parse_value(key, value, "command line") for key, value in (flags or {}).items() if value is not None}
     sets = {key: parse_value(key, value, "--set") for key, value in parse_assignments(assignments).items()}
@@ -279,10 +279,14 @@ def resolve(
     region = presets.preset(str(pick("preset", outer)), "region")
     region_layer = Layer(origin=f"preset {region.name}", values=_preset_values(region))
     if own_mask:  # the mask brings its grid: a preset only gives what the mask does not know
-        region_layer = dataclasses.replace(region_layer, values={k: v for k, v in region_layer.values.items() if k not in ("size", "spacing")})
+        region_layer = dataclasses.replace(
+            region_layer, values={k: v for k, v in region_layer.values.items() if k not in ("size", "spacing")}
+        )
         for key in ("size", "spacing", "fov"):
             if pick(key, [*bottom, middle, *top]) is not None:
-                raise UsageError(f"--{key} and --mask exclude each other: the image is made on the mask's own grid", hint=f"leave --{key} out")
+                raise UsageError(
+                    f"--{key} and --mask exclude each other: the image is made on the mask's own grid", hint=f"leave --{key} out"
+                )
     gpu = presets.preset(str(pick("gpu", outer)), "gpu") if pick("gpu", outer) != "auto" else None
     gpu_layer = Layer(origin=f"preset {gpu.name}" if gpu else "gpu auto", values=_preset_values(gpu) if gpu else {})
     layers = [defaults, *bottom, region_layer, gpu_layer, middle, *top]
@@ -292,7 +296,9 @@ def resolve(
     spec, origin = _choose_model(wanted, region, str(pick("mode", layers)), notes)
     model_layer = Layer(origin=f"model {spec.name}", values=_model_defaults(spec))
     layers.insert(1, model_layer)
-    typed_model = next((layer.origin for layer in reversed([*bottom, middle, *top]) if layer.values.get("model") not in (None, "auto")), None)
+    typed_model = next(
+        (layer.origin for layer in reversed([*bottom, middle, *top]) if layer.values.get("model") not in (None, "auto")), None
+    )
     layers = [dataclasses.replace(each, values={k: v for k, v in each.values.items() if k != "model"}) for each in layers]
     layers.append(Layer(origin=typed_model or origin, values={"model": spec.name if not wanted.endswith(".toml") else wanted}))
 
@@ -383,7 +389,9 @@ def _settle_geometry(origins: dict[str, Setting], preset_origins: Sequence[str],
             origins["spacing"] = Setting(value=made.spacing, origin=f"model {spec.name}", hides=((base.spacing, preset_origins[0]),))
     for name, value in (("size", made.size), ("spacing", made.spacing)):
         if name not in typed and origins[name].value != value:
-            origins[name] = Setting(value=value, origin="derived", hides=((origins[name].value, origins[name].origin),) if origins[name].value else ())
+            origins[name] = Setting(
+                value=value, origin="derived", hides=((origins[name].value, origins[name].origin),) if origins[name].value else ()
+            )
     origins["fov"] = Setting(value=made.fov_mm, origin=origins["fov"].origin if "fov" in typed else "derived")
 
 

@@ -254,7 +254,9 @@ class _Run:
         try:
             name = settings.name.format(**values)
         except (KeyError, IndexError, ValueError) as error:
-            raise UsageError(f"--name {settings.name!r} cannot be filled in: {error}", hint=f"use {', '.join(map('{{{}}}'.format, values))}") from error
+            raise UsageError(
+                f"--name {settings.name!r} cannot be filled in: {error}", hint=f"use {', '.join(map('{{{}}}'.format, values))}"
+            ) from error
         if not name or "/" in name or "\\" in name or name.startswith("."):
             raise UsageError(f"--name makes the file name {name!r}", hint="leave slashes and leading dots out; folders go into --out")
         if settings.count > 1 and "{index" not in settings.name:
@@ -307,12 +309,14 @@ class _Run:
             self.tell(Saved(path=path, kind=kind))
         return dataclasses.replace(sample, paths=paths, record=written)
 
-    def _record(self, job: Job, made: _Try, paths: Mapping[str, Path], seconds: Mapping[str, float], added: Mapping[str, Any]) -> dict[str, Any]:
+    def _record(
+        self, job: Job, made: _Try, paths: Mapping[str, Path], seconds: Mapping[str, float], added: Mapping[str, Any]
+    ) -> dict[str, Any]:
         spec, item = self.spec, made.image or made.mask
         assert item is not None
         hashes = self._networks.hashes if self._networks else {}
         parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in self.parts]
-        mask = None
+        mask: dict[str, Any] | None = None
         if made.mask is not None:
             mask = {"source": self.source, "ids": list(made.mask.ids())}
             if self.source == "file":

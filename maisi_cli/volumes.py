@@ -133,9 +133,7 @@ def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent 
     path = Path(path)
     image, geometry = _open(path)
     if image.get_data_dtype().kind not in "iufb":
-        raise UsageError(
-            f"{path} holds {image.get_data_dtype()} values, not labels", hint="save labels as uint8"
-        )
+        raise UsageError(f"{path} holds {image.get_data_dtype()} values, not labels", hint="save labels as uint8")
     with _reading(path):
         array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "f":
@@ -145,14 +143,11 @@ def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent 
         if apart.any():
             example = float(array[apart][0])
             raise UsageError(
-                f"{path} holds {example:.6g} and {int(apart.sum()) - 1} more values that are not whole:"
-                " it is not a label map",
+                f"{path} holds {example:.6g} and {int(apart.sum()) - 1} more values that are not whole: it is not a label map",
                 hint="resample labels with nearest neighbour and save them as uint8",
             )
         array = whole
-        on_event(
-            Note(text=f"{path.name} stores its labels as {image.get_data_dtype()}; all are whole numbers")
-        )
+        on_event(Note(text=f"{path.name} stores its labels as {image.get_data_dtype()}; all are whole numbers"))
     low, high = int(array.min()), int(array.max())
     if low < 0:
         raise UsageError(
@@ -180,15 +175,11 @@ def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UsageError(f"the file {path} {what}", hint="give the path of a .nii.gz or .nii file")
     if not path.name.endswith(SUFFIXES):
-        raise UsageError(
-            f"{path} is not named .nii.gz or .nii", hint="convert it to NIfTI first, e.g. with dcm2niix"
-        )
+        raise UsageError(f"{path} is not named .nii.gz or .nii", hint="convert it to NIfTI first, e.g. with dcm2niix")
     try:
         image = nibabel.load(path)
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, *_DAMAGE) as error:
-        raise UsageError(
-            f"{path} is not a NIfTI file: {_short(error)}", hint="convert it to NIfTI first"
-        ) from error
+        raise UsageError(f"{path} is not a NIfTI file: {_short(error)}", hint="convert it to NIfTI first") from error
     if not isinstance(image, nibabel.Nifti1Image):
         raise UsageError(f"{path} is not a NIfTI file", hint="convert it to NIfTI first")
     shape = tuple(int(n) for n in image.shape)
@@ -196,9 +187,7 @@ def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
         trailing = len(shape) > 3 and all(n == 1 for n in shape[3:])
         raise UsageError(
             f"{path} has {len(shape)} axes ({format_triple(shape)}), not three",
-            hint="drop the last axis of length 1 and save it again"
-            if trailing
-            else "save one 3D volume a file",
+            hint="drop the last axis of length 1 and save it again" if trailing else "save one 3D volume a file",
         )
     return image, _geometry(image.affine, (shape[0], shape[1], shape[2]), path)
 
@@ -211,9 +200,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise UsageError(
-            f"{path} is damaged: {_short(error)}", hint="copy or convert the file again"
-        ) from error
+        raise UsageError(f"{path} is damaged: {_short(error)}", hint="copy or convert the file again") from error
 
 
 def _short(error: BaseException) -> str:
@@ -271,9 +258,7 @@ def _to_ras(array: NDArray[Any], axcodes: str) -> NDArray[Any]:
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def write_image(
-    volume: Volume, path: str | Path, *, force: bool = False, description: str | None = None
-) -> Path:
+def write_image(volume: Volume, path: str | Path, *, force: bool = False, description: str | None = None) -> Path:
     """Write an image as int16, rounded and clipped (CT: HU); everything else is as in `write_mask`."""
     array = volume.array
     if array.dtype != np.int16:
@@ -311,9 +296,7 @@ def save_nifti(sample: Sample, folder: str | Path, *, force: bool = False) -> di
     return paths
 
 
-def _write(
-    array: NDArray[Any], geometry: Geometry, path: Path, *, force: bool, description: str | None, intent: str
-) -> Path:
+def _write(array: NDArray[Any], geometry: Geometry, path: Path, *, force: bool, description: str | None, intent: str) -> Path:
     import nibabel
     from nibabel import orientations
 
@@ -333,9 +316,7 @@ def _write(
 
     def fill(file: IO[bytes]) -> None:
         if path.name.endswith(".gz"):
-            with gzip.GzipFile(
-                filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0
-            ) as packed:
+            with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0) as packed:
                 image.to_stream(cast(io.IOBase, packed))
         else:
             image.to_stream(cast(io.IOBase, file))
@@ -383,10 +364,7 @@ def require_same_grid(image: Volume, mask: Mask) -> None:
     """Raise `UsageError`, with both grids, unless an image and a mask agree to within 0.1 mm."""
     if image.geometry.close_to(mask.geometry, tolerance_mm=0.1):
         return
-    one, other = (
-        f"{item.geometry}, first voxel at {format_mm(row[3] for row in item.geometry.affine[:3])} mm"
-        for item in (image, mask)
-    )
+    one, other = (f"{item.geometry}, first voxel at {format_mm(row[3] for row in item.geometry.affine[:3])} mm" for item in (image, mask))
     raise UsageError(
         f"image and mask lie on different grids: {one}, against {other}",
         hint="resample the mask to the image with nearest neighbour",
@@ -401,8 +379,7 @@ def format_mm(values: Iterable[float]) -> str:
 def resample_labels(mask: Mask, size: Size) -> Mask:
     """Return the mask on `size` voxels over the same field of view, each with the label at its centre."""
     indices = [
-        np.minimum(((np.arange(new) + 0.5) * old / new).astype(int), old - 1)
-        for new, old in zip(size, mask.geometry.size, strict=True)
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(int), old - 1) for new, old in zip(size, mask.geometry.size, strict=True)
     ]
     return replace(mask, array=mask.array[np.ix_(*indices)], geometry=mask.geometry.resized(size))
 
@@ -473,9 +450,7 @@ def _is_label_map(array: NDArray[Any], intent: str) -> bool:
     if array.dtype.kind not in "iufb":
         return False
     low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 255) or (
-        array.dtype.kind == "f" and not np.array_equal(array, np.rint(array))
-    ):
+    if not (low >= 0 and high <= 255) or (array.dtype.kind == "f" and not np.array_equal(array, np.rint(array))):
         return False
     if intent == "label":
         return True

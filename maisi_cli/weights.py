@@ -110,5 +110,3 @@ def sha256_of(path: Path) -> str:
 def weights_home() -> Path:
     """Return the folder that installed weights live in: `MAISI_HOME`, or this user's data folder."""
     return home() / "models"
-
-

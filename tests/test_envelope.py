@@ -19,9 +19,7 @@ SIZE = (48, 48, 24)
 GRID = Geometry(size=SIZE, spacing=(3.0, 3.0, 5.0))
 
 
-def patient(
-    *, table: bool = False, lungs: bool = True, liver: bool = True
-) -> tuple[Volume, Mask, np.ndarray]:
+def patient(*, table: bool = False, lungs: bool = True, liver: bool = True) -> tuple[Volume, Mask, np.ndarray]:
     """Return a round patient in air, the labels known so far, and where the body is."""
     x, y, _ = np.meshgrid(*[np.arange(n) for n in SIZE], indexing="ij")
     body = ((x - 24) / 18) ** 2 + ((y - 28) / 14) ** 2 < 1
@@ -51,12 +49,8 @@ def patient(
 def test_morphology_is_that_of_scipy(seed, size, box, outside):
     bits = np.random.default_rng(seed).random(size) < 0.8
     cube = np.ones((box, box, box))
-    assert np.array_equal(
-        erode(bits, box, outside=outside), ndimage.binary_erosion(bits, cube, border_value=outside)
-    )
-    assert np.array_equal(
-        dilate(~bits, box, outside=outside), ndimage.binary_dilation(~bits, cube, border_value=outside)
-    )
+    assert np.array_equal(erode(bits, box, outside=outside), ndimage.binary_erosion(bits, cube, border_value=outside))
+    assert np.array_equal(dilate(~bits, box, outside=outside), ndimage.binary_dilation(~bits, cube, border_value=outside))
 
 
 def test_close_fills_gaps_and_keeps_what_touches_the_edge():

@@ -136,9 +136,7 @@ def test_laterality_and_height_agree_with_a_real_patient(shared: Shared, people:
     for name, label in theirs.items():
         real_mm = (np.argwhere(labels == label).mean(axis=0) - origin) * 3
         ours_mm = np.mean([centre(m, name) - centre(m, "vertebrae L3") for m in people.values()], axis=0)
-        seen = (
-            2 if name in ("aorta", "inferior vena cava", "left autochthon", "liver") else 3
-        )  # cut off above
+        seen = 2 if name in ("aorta", "inferior vena cava", "left autochthon", "liver") else 3  # cut off above
         assert np.abs(real_mm - ours_mm)[:seen].max() < 45, (name, real_mm, ours_mm)
 
 
@@ -224,19 +222,13 @@ def test_medians_pass_for_real_ct(fine: Mask, phase: str) -> None:
         assert low < np.median(hu[where(fine, name)]) < high, name
     assert -937 < np.median(hu[np.isin(fine.array, LUNGS)]) < -700
     bones = maisi().ids("spine") + maisi().ids("rib") + maisi().ids("bone")
-    assert (
-        100
-        < np.median(hu[np.isin(fine.array, [b for b in bones if b != maisi().id("costal cartilages")])])
-        < 600
-    )
+    assert 100 < np.median(hu[np.isin(fine.array, [b for b in bones if b != maisi().id("costal cartilages")])]) < 600
     assert np.median(hu[fine.array == 0]) == pytest.approx(-1000, abs=15)
     assert 30 < np.median(hu[where(fine, "left autochthon", "right autochthon")]) < 85
 
 
 def test_contrast_brightens_the_blood(fine: Mask) -> None:
-    native, arterial, venous = (
-        np.median(render(fine, 3, contrast=phase).array[where(fine, "aorta")]) for phase in PHASES
-    )
+    native, arterial, venous = (np.median(render(fine, 3, contrast=phase).array[where(fine, "aorta")]) for phase in PHASES)
     assert native < 70
     assert arterial > venous + 30 > native + 60
 
@@ -275,13 +267,9 @@ def test_a_patients_mask_gets_the_texture_of_that_patient(shared: Shared) -> Non
     largest = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
     trunk = np.stack([ndimage.binary_fill_holes(largest[:, :, k]) for k in range(image.shape[2])], axis=2)
     labels[(labels == 0) & trunk] = 200
-    hu = render(
-        Mask(array=labels, geometry=Geometry.parse(size=image.shape, spacing=(3, 3, 3))), 1, contrast="native"
-    ).array
+    hu = render(Mask(array=labels, geometry=Geometry.parse(size=image.shape, spacing=(3, 3, 3))), 1, contrast="native").array
     rest = labels == 200
-    solid = trunk & ~np.isin(
-        labels, [maisi().id(name) for name in ("colon", "stomach")]
-    )  # gas lies where it lies
+    solid = trunk & ~np.isin(labels, [maisi().id(name) for name in ("colon", "stomach")])  # gas lies where it lies
     assert np.corrcoef(hu[solid], np.clip(image[solid], -1000, 1000))[0, 1] > 0.7
     real_fat, our_fat = image[rest] < -40, hu[rest] < -40
     assert (real_fat & our_fat).mean() > 1.1 * real_fat.mean() * our_fat.mean()  # better than chance

@@ -66,9 +66,7 @@ def test_labels_of_each_organ_are_the_reference_s_with_the_lower_lobe_added(shar
     listed = json.loads(shared("golden/u40_quality_check/case.json").read_text())["scalars"]["label_int_dict"]
     for row in quality.ct_table()["median"]:
         assert set(row.get("compat", row["labels"])) == set(listed[row["name"]])
-        assert set(row["labels"]) - set(row.get("compat", row["labels"])) == (
-            {32} if row["name"] == "lung" else set()
-        )
+        assert set(row["labels"]) - set(row.get("compat", row["labels"])) == ({32} if row["name"] == "lung" else set())
 
 
 def test_the_right_lower_lobe_is_a_lung():
@@ -101,11 +99,7 @@ def test_medians_are_those_of_numpy(seed, kind):
     geometry = Geometry(size=(5, 6, 7), spacing=(1.0, 1.0, 1.0))
     labels = rng.choice(np.array([0, 1, 3, 5, 14, 28, 32, 33, 127, 200], np.uint8), (5, 6, 7))
     hu = rng.normal(0, 300, (5, 6, 7)).astype(kind)
-    found = by_label(
-        quality.hu_median(
-            Volume(array=hu, geometry=geometry), Mask(array=labels, geometry=geometry), quality.Context()
-        )
-    )
+    found = by_label(quality.hu_median(Volume(array=hu, geometry=geometry), Mask(array=labels, geometry=geometry), quality.Context()))
     for row in quality.ct_table()["median"]:
         inside = hu[np.isin(labels, row["labels"])]
         assert (row["name"] in found) == bool(inside.size)
@@ -127,9 +121,7 @@ def test_mr_and_a_missing_mask_say_nothing_about_hu():
 
 def test_required_organs_must_be_there():
     image, mask = pair({1: 60.0, 3: 50.0})
-    verdict = quality.check(
-        image, mask, checks=[quality.organs_present], required=["liver", "left kidney", 3]
-    )
+    verdict = quality.check(image, mask, checks=[quality.organs_present], required=["liver", "left kidney", 3])
     found = by_label(list(verdict.findings))
     assert found["liver"].value == pytest.approx(8 * 16 * 16 * 2 * 2 * 2.5 / 1000)
     assert [finding.label for finding in verdict.failures()] == ["left kidney"]
@@ -194,9 +186,7 @@ def test_border_steps_equal_the_plain_double_loop(seed):
     labels = rng.integers(0, 3, (4, 3, 5)).astype(np.uint8)
     hu = rng.normal(0, 100, (4, 3, 5)).astype(np.float32)
     hu[0, 0, 0], hu[1, 1, 1], hu[2, 1, 1] = np.nan, np.inf, np.inf
-    sums, counts = quality.border_steps(
-        Volume(array=hu, geometry=geometry), Mask(array=labels, geometry=geometry)
-    )
+    sums, counts = quality.border_steps(Volume(array=hu, geometry=geometry), Mask(array=labels, geometry=geometry))
     expected, number = np.zeros((256, 256)), np.zeros((256, 256), int)
     for here in np.ndindex(4, 3, 5):
         for axis in range(3):

@@ -141,9 +141,7 @@ def test_modes(model: str) -> None:
     assert alone.verdict is None
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("{oops}", "cannot be filled"), ("a/{index}", "file name"), ("one", "one name")]
-)
+@pytest.mark.parametrize(("name", "message"), [("{oops}", "cannot be filled"), ("a/{index}", "file name"), ("one", "one name")])
 def test_bad_names_are_refused(model: str, name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make(model, name=name, count=2)

@@ -129,9 +129,7 @@ def overrides(root: Path, kind: str, **changes: Any) -> dict[str, Any]:
 def run(root: Path, kind: str, out: Path, *, resume: str | None = None, force: bool = False,
         on_event: Callable[[Event], None] = lambda _event: None, **changes: Any) -> Path:  # fmt: skip
     table = overrides(root, kind, **changes)
-    return train(
-        kind, data=root / "data", out=out, overrides=table, resume=resume, force=force, on_event=on_event
-    )
+    return train(kind, data=root / "data", out=out, overrides=table, resume=resume, force=force, on_event=on_event)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -164,14 +162,10 @@ def test_resuming_is_bit_equal(folder: Path, tmp_path: Path, kind: str) -> None:
     for key in ("model", "average"):
         assert all(torch.equal(value, two[key][name]) for name, value in one[key].items()), key
     for number, moments in one["optimiser"]["state"].items():
-        assert all(
-            torch.equal(value, two["optimiser"]["state"][number][name]) for name, value in moments.items()
-        )
+        assert all(torch.equal(value, two["optimiser"]["state"][number][name]) for name, value in moments.items())
     assert one["numpy_rng"] == two["numpy_rng"]
     assert torch.equal(one["torch_rng"], two["torch_rng"])
-    assert [row["loss"] for row in rows_of(whole) if "loss" in row] == [
-        row["loss"] for row in rows_of(parts) if "loss" in row
-    ]
+    assert [row["loss"] for row in rows_of(whole) if "loss" in row] == [row["loss"] for row in rows_of(parts) if "loss" in row]
 
 
 def test_another_seed_trains_otherwise(folder: Path, tmp_path: Path) -> None:
@@ -185,9 +179,7 @@ def test_validation_changes_nothing(folder: Path, tmp_path: Path) -> None:
     run(folder, "dm", tmp_path / "often", validate_every=1)
     run(folder, "dm", tmp_path / "once")
     # how often to validate is part of what a state must agree on; the weights are the same all the same
-    often, once = (
-        torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("often", "once")
-    )
+    often, once = (torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("often", "once"))
     assert all(torch.equal(value, once[name]) for name, value in often.items())
 
 
@@ -230,9 +222,7 @@ def test_other_networks_weights_in_the_folder_are_kept(folder: Path, tmp_path: P
     assert (tmp_path / "vae.safetensors").exists()
 
 
-def test_a_stopped_run_saves_before_it_validates(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_saves_before_it_validates(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     original = DiffusionTask.validate
 
@@ -245,9 +235,7 @@ def test_a_stopped_run_saves_before_it_validates(
     assert saved == [True]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def broken(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -293,9 +281,7 @@ def test_training_improves_validation(folder: Path, tmp_path: Path, kind: str, b
     shutil.copytree(folder / "data", tmp_path / "data")
     for name in ("list.json", "latents.json"):  # nothing held out: learning by heart is what counts here
         rows = json.loads((tmp_path / "data" / name).read_text("utf-8"))["training"]
-        (tmp_path / "data" / name).write_text(
-            json.dumps({"training": [{**row, "fold": 1} for row in rows]}), "utf-8"
-        )
+        (tmp_path / "data" / name).write_text(json.dumps({"training": [{**row, "fold": 1} for row in rows]}), "utf-8")
     changes = {"steps": 60, "lr": 5e-3, "batch_size": 4, "validate_every": 10, "ema_decay": 0.9}
     out = tmp_path / "run"
     train(kind, data=tmp_path / "data", out=out, overrides=overrides(folder, kind, **changes))
@@ -389,9 +375,7 @@ def test_phantom_case_depends_on_seed_and_number_alone(folder: Path, tmp_path: P
     make_phantoms(tmp_path / "one", 1, size=32, seed=4)
     make_phantoms(tmp_path / "other", 1, size=32, seed=5)
     for name in ("phantom0000_image.nii.gz", "phantom0000_label.nii.gz"):
-        kept, again, other = (
-            read_image(path / name).array for path in (folder / "data", tmp_path / "one", tmp_path / "other")
-        )
+        kept, again, other = (read_image(path / name).array for path in (folder / "data", tmp_path / "one", tmp_path / "other"))
         assert np.array_equal(kept, again)
         assert kept.shape != other.shape or not np.array_equal(kept, other)
     with pytest.raises(UsageError, match="exists"):
@@ -419,9 +403,7 @@ def test_no_list_names_the_command_that_makes_one(tmp_path: Path) -> None:
 
 
 def case(number: int, fold: int) -> Case:
-    return Case(
-        id=str(number), image=None, label=None, latent=None, spacing_mm=(1, 1, 1), modality="ct", fold=fold
-    )
+    return Case(id=str(number), image=None, label=None, latent=None, spacing_mm=(1, 1, 1), modality="ct", fold=fold)
 
 
 def test_split_needs_something_to_train_on() -> None:
@@ -451,9 +433,7 @@ def test_latents_are_posterior_means_on_the_padded_grid(folder: Path, tmp_path: 
         "fold": 1,
     }
     (tmp_path / "list.json").write_text(json.dumps({"training": [row]}), "utf-8")
-    listed = encode(
-        tmp_path, folder / "first" / "vae.safetensors", model=str(folder / "tiny.toml"), device="cpu"
-    )
+    listed = encode(tmp_path, folder / "first" / "vae.safetensors", model=str(folder / "tiny.toml"), device="cpu")
     found = read_list(listed)[0]
     assert found.latent is not None
     assert found.label is not None
@@ -502,9 +482,7 @@ def test_losses_are_the_references(shared: Callable[[str], Path]) -> None:
         np.load(at / "arrays.npz"),
         json.loads((at / "case.json").read_text("utf-8"))["scalars"]["steps"][0],
     )
-    image, made, mean, sigma = (
-        torch.from_numpy(arrays[name]) for name in ("image_0", "reconstruction_0", "z_mu_0", "z_sigma_0")
-    )
+    image, made, mean, sigma = (torch.from_numpy(arrays[name]) for name in ("image_0", "reconstruction_0", "z_mu_0", "z_sigma_0"))
     assert float(losses.distance(made, image, "l1")) == pytest.approx(first["recons"], rel=1e-5)
     assert float(losses.kl_divergence(mean, sigma)) == pytest.approx(first["kl"], rel=1e-5)
 
@@ -518,9 +496,7 @@ def test_losses_have_their_closed_forms() -> None:
     standard = torch.zeros(2, 4, 2, 2, 2)
     assert float(losses.kl_divergence(standard, torch.ones_like(standard))) == pytest.approx(0, abs=1e-4)
     # one dimension with mean 3, sigma 2: (9 + 4 - log 4 - 1) / 2
-    assert float(losses.kl_divergence(torch.full((1, 1), 3.0), torch.full((1, 1), 2.0))) == pytest.approx(
-        6 - math.log(2)
-    )
+    assert float(losses.kl_divergence(torch.full((1, 1), 3.0), torch.full((1, 1), 2.0))) == pytest.approx(6 - math.log(2))
     hu = torch.tensor([-1000.0, -200.0, 50.0, 300.0, 1000.0])
     assert losses.window((hu + 1000) / 2000).tolist() == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-6)
 
@@ -541,9 +517,7 @@ def test_edges_ignore_an_offset_and_see_a_step(offset: float, axis: int) -> None
 
 def test_time_is_the_references(shared: Callable[[str], Path]) -> None:
     """The time of the reference's first ControlNet step, drawn after that step's noise, on a 16^3 latent."""
-    first = json.loads((shared("golden/t63_train_controlnet_rflow") / "case.json").read_text("utf-8"))[
-        "scalars"
-    ]["steps"][0]
+    first = json.loads((shared("golden/t63_train_controlnet_rflow") / "case.json").read_text("utf-8"))["scalars"]["steps"][0]
     torch.manual_seed(0)
     torch.randn(1, 4, 16, 16, 16)
     assert draw_times(TrainSettings(kind="dm"), [16**3]).tolist() == pytest.approx(first["t"], rel=1e-5)
@@ -559,9 +533,7 @@ def test_times_shift_with_size(side: int, seed: int, kind: str) -> None:
     assert bool(((times >= 0) & (times <= 1)).all())
     odds, before = times / (1 - times), unshifted / (1 - unshifted)
     inner = (unshifted > 0.01) & (unshifted < 0.99)
-    assert torch.allclose(
-        odds[inner], before[inner] * side / 32, rtol=1e-3
-    )  # the transform multiplies the odds by r
+    assert torch.allclose(odds[inner], before[inner] * side / 32, rtol=1e-3)  # the transform multiplies the odds by r
 
 
 def test_times_are_spread_as_named() -> None:
@@ -592,9 +564,7 @@ def test_scale_factor_makes_unit_variance() -> None:
 
 
 def diffusion_task(folder: Path, **changes: Any) -> DiffusionTask:
-    return DiffusionTask(
-        settings_from("dm", "nano-dm", overrides(folder, "dm", **changes)), folder / "data" / "latents.json"
-    )
+    return DiffusionTask(settings_from("dm", "nano-dm", overrides(folder, "dm", **changes)), folder / "data" / "latents.json")
 
 
 def test_batches_keep_labels_on_their_latents(folder: Path) -> None:
@@ -626,9 +596,7 @@ def test_perfect_velocity_has_no_loss(folder: Path, monkeypatch: pytest.MonkeyPa
     task = diffusion_task(folder)
     batch = task.batch(np.random.default_rng(0))
 
-    def exact(
-        _self: Any, _network: nn.Module, x: Tensor, times: Tensor, batch: Mapping[str, Tensor]
-    ) -> Tensor:
+    def exact(_self: Any, _network: nn.Module, x: Tensor, times: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         share = (times / 1000).view(-1, 1, 1, 1, 1)
         return (batch["latent"] - x) / share  # x = (1 - s) data + s noise, so data - noise = (data - x) / s
 
@@ -642,9 +610,7 @@ def test_latents_must_match_their_labels(folder: Path, tmp_path: Path) -> None:
     first = json.loads((tmp_path / "data" / "latents.json").read_text("utf-8"))["training"][0]
     np.save(tmp_path / "data" / first["label"], np.zeros((4, 4, 4), np.uint8))
     with pytest.raises(UsageError, match="not 4 times"):
-        DiffusionTask(
-            settings_from("dm", "nano-dm", overrides(folder, "dm")), tmp_path / "data" / "latents.json"
-        )
+        DiffusionTask(settings_from("dm", "nano-dm", overrides(folder, "dm")), tmp_path / "data" / "latents.json")
 
 
 # --- ControlNet ---------------------------------------------------------------------------
@@ -716,10 +682,7 @@ def test_starting_weights_are_loaded_and_kept(folder: Path, tmp_path: Path) -> N
     before = source.read_bytes()
     task = diffusion_task(folder, init=str(source))
     with safe_open(source, framework="pt") as file:
-        assert all(
-            torch.equal(value, file.get_tensor(key).float())
-            for key, value in task.network.state_dict().items()
-        )
+        assert all(torch.equal(value, file.get_tensor(key).float()) for key, value in task.network.state_dict().items())
     run(folder, "dm", tmp_path / "run", steps=1, init=str(source))
     assert source.read_bytes() == before
 

@@ -290,9 +290,7 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path):
         read_image(tmp_path / "half.nii.gz")
 
 
-@pytest.mark.parametrize(
-    ("values", "problem"), [([np.nan] * 8, "only values"), ([0.0] * 7 + [np.inf], "1 of 8 values")]
-)
+@pytest.mark.parametrize(("values", "problem"), [([np.nan] * 8, "only values"), ([0.0] * 7 + [np.inf], "1 of 8 values")])
 def test_images_with_values_that_are_not_finite_are_refused(values, problem, tmp_path):
     path = save(tmp_path / "x.nii", np.array(values, np.float32).reshape(2, 2, 2))
     with pytest.raises(UsageError, match=problem) as caught:
@@ -430,6 +428,4 @@ def test_an_eight_bit_image_is_not_taken_for_labels(tmp_path):
     blocks[4:15, 4:15, 4:15] = 3
     facts = describe(save(tmp_path / "seg.nii", blocks))
     assert facts["kind"] == "label"
-    assert facts["labels"] == [
-        {"id": 3, "name": "spleen", "voxels": 11**3, "ml": round(11**3 * 1.5 * 1.5 * 3 / 1000, 3)}
-    ]
+    assert facts["labels"] == [{"id": 3, "name": "spleen", "voxels": 11**3, "ml": round(11**3 * 1.5 * 1.5 * 3 / 1000, 3)}]

@@ -82,10 +82,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Co
         return
     widths = [max(len(column), *(len(row[k]) for row in texts)) if texts else len(column) for k, column in enumerate(columns)]
     for row in [list(columns), *texts]:
-        cells = [
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(row, widths, columns, strict=True)
-        ]
+        cells = [cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in zip(row, widths, columns, strict=True)]
         data("  ".join(cells).rstrip())
 
 

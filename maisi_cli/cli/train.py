@@ -12,10 +12,18 @@ from .options import Force, Json, Quiet, Verbose, examples
 
 Data = Annotated[Path, typer.Option("--data", metavar="LIST|DIR", help="Data list (JSON), or the folder that holds it.")]
 TrainOut = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for weights, state and log.")]
-Preset = Annotated[str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: nano-KIND]", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any train.* setting, as TOML; may be repeated.", show_default=False)]
-Resume = Annotated[str | None, typer.Option("--resume", metavar="auto|FILE", help="Continue exactly where a run stopped.", show_default=False)]
-Init = Annotated[Path | None, typer.Option("--init", metavar="FILE", help="Weights to start from; the file is never written.", show_default=False)]
+Preset = Annotated[
+    str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: nano-KIND]", show_default=False)
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any train.* setting, as TOML; may be repeated.", show_default=False)
+]
+Resume = Annotated[
+    str | None, typer.Option("--resume", metavar="auto|FILE", help="Continue exactly where a run stopped.", show_default=False)
+]
+Init = Annotated[
+    Path | None, typer.Option("--init", metavar="FILE", help="Weights to start from; the file is never written.", show_default=False)
+]
 
 train_app = typer.Typer(help="Train the VAE, the diffusion model and the ControlNet.", no_args_is_help=True)
 data_app = typer.Typer(help="Make data for training.", no_args_is_help=True)
@@ -73,7 +81,10 @@ def _train(
         output.data(str(weights))
 
 
-@data_app.command("phantom", epilog=examples("maisi data phantom --count 2 --out phantoms/", "maisi data phantom --count 2 --size 64 --seed 1 --out small/"))
+@data_app.command(
+    "phantom",
+    epilog=examples("maisi data phantom --count 2 --out phantoms/", "maisi data phantom --count 2 --size 64 --seed 1 --out small/"),
+)
 def phantom(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write to.")],
     count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="Number of cases.")] = 32,
@@ -89,7 +100,13 @@ def phantom(
     _answer(made, as_json)
 
 
-@data_app.command("encode", epilog=examples("maisi data encode phantoms/list.json --out latents/", "maisi data encode phantoms/list.json --vae runs/vae/vae.safetensors --out latents2/"))
+@data_app.command(
+    "encode",
+    epilog=examples(
+        "maisi data encode phantoms/list.json --out latents/",
+        "maisi data encode phantoms/list.json --vae runs/vae/vae.safetensors --out latents2/",
+    ),
+)
 def encode(
     data: Annotated[Path, typer.Argument(metavar="LIST", help="Data list, or the folder that holds it.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the latents and their list.")],

@@ -19,9 +19,7 @@ from .rendering import PHASES, render
 __all__ = ["PHASES", "body", "render"]
 
 
-def body(
-    geometry: Geometry, seed: int, *, regions: Sequence[str] = ("chest", "abdomen"), sex: str | None = None
-) -> Mask:
+def body(geometry: Geometry, seed: int, *, regions: Sequence[str] = ("chest", "abdomen"), sex: str | None = None) -> Mask:
     """Paint one person: a uint8 label volume in the MAISI vocabulary, 200 for body without a label, 0
     outside.
 

@@ -186,10 +186,7 @@ class Canvas:
         self.z = ((z - tilt * y - lean * x) * scale + warp[2]).astype(np.float32)
         self.x += scoliosis * np.sin((self.z - 150) / 190)
         self._ranges = [
-            tuple(
-                reduce(coordinate, axis=tuple(other for other in range(3) if other != axis))
-                for reduce in (np.min, np.max)
-            )
+            tuple(reduce(coordinate, axis=tuple(other for other in range(3) if other != axis)) for reduce in (np.min, np.max))
             for axis, coordinate in enumerate((self.x, self.y, self.z))
         ]
         self.grain = [self.field(6 + i, 26) for i in range(2)]
@@ -200,9 +197,7 @@ class Canvas:
 
         `key` tells the fields of one person apart, `cell_mm` is the grain.
         """
-        values = (
-            np.random.default_rng([_FIELD, self.seed, key]).standard_normal((40, 40, 40)).astype(np.float32)
-        )
+        values = np.random.default_rng([_FIELD, self.seed, key]).standard_normal((40, 40, 40)).astype(np.float32)
         for axis, at in enumerate(self.axes):
             values = _spline_axis(values, (at if box is None else at[box[axis]]) / np.float32(cell_mm), axis)
         return values * np.float32(1.65)
@@ -289,11 +284,7 @@ class Canvas:
         `squash` stretches the cross-section along x, y and z.
         """
         path = np.asarray(points, dtype=np.float64)
-        width = (
-            np.full(len(path), radii, dtype=np.float64)
-            if np.isscalar(radii)
-            else np.asarray(radii, dtype=np.float64)
-        )
+        width = np.full(len(path), radii, dtype=np.float64) if np.isscalar(radii) else np.asarray(radii, dtype=np.float64)
         if len(path) > 2:
             path, width = _smooth_curve(path, width)
         stretch = np.asarray(squash, dtype=np.float64)
@@ -326,9 +317,7 @@ def _rotation(turn_deg: Sequence[float]) -> NDArray[np.float64]:
     return about_z @ about_y @ about_x
 
 
-def _smooth_curve(
-    path: NDArray[np.float64], width: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _smooth_curve(path: NDArray[np.float64], width: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Refine a polyline to about 12 mm steps with a cubic spline through its points."""
     from scipy.interpolate import CubicSpline
 

@@ -56,9 +56,7 @@ def _vessels(canvas: Canvas, ids: Ids, rng: np.random.Generator) -> None:
         (-20, -14, 376),
         (-26, -20, 345),
     ]
-    aorta += [(-24, before(z, 22), z) for z in (300.0, 260.0, 220.0)] + [
-        (-16, before(z, 29), z) for z in (180.0, 140.0)
-    ]
+    aorta += [(-24, before(z, 22), z) for z in (300.0, 260.0, 220.0)] + [(-16, before(z, 29), z) for z in (180.0, 140.0)]
     aorta += [(-12, before(z, 29), z) for z in (100.0, 60.0, 40.0)]
     canvas.tube(ids("aorta"), aorta, np.linspace(15.5, 9.0, len(aorta)) * wide)
     cava = [(18, before(z, 27), z) for z in (28.0, 70.0, 110.0, 150.0)] + [
@@ -87,28 +85,18 @@ def _vessels(canvas: Canvas, ids: Ids, rng: np.random.Generator) -> None:
         canvas.tube(ids(f"{word} iliac vena"), vein, [9, 8, 7.5, 7, 6.5])
     canvas.tube(ids("superior vena cava"), [(26, 24, 312), (27, 26, 345), (24, 28, 374)], 10)
     canvas.tube(ids("right brachiocephalic vein"), [(24, 28, 374), (32, 26, 392), (40, 22, 408)], 7.5)
-    canvas.tube(
-        ids("left brachiocephalic vein"), [(22, 34, 376), (0, 46, 388), (-24, 36, 402), (-38, 22, 410)], 7
-    )
+    canvas.tube(ids("left brachiocephalic vein"), [(22, 34, 376), (0, 46, 388), (-24, 36, 402), (-38, 22, 410)], 7)
     canvas.tube(ids("brachiocephalic trunk"), [(8, 30, 388), (16, 22, 402), (22, 14, 416)], 6.5)
-    canvas.tube(
-        ids("left common carotid artery"), [(-2, 20, 392), (-14, 12, 420), (-22, 8, 470), (-24, 14, 530)], 4.2
-    )
-    canvas.tube(
-        ids("right common carotid artery"), [(22, 14, 416), (24, 10, 440), (24, 10, 470), (25, 14, 530)], 4.2
-    )
-    canvas.tube(
-        ids("left subclavian artery"), [(-14, 2, 392), (-24, -4, 416), (-46, 4, 428), (-78, 14, 424)], 5
-    )
+    canvas.tube(ids("left common carotid artery"), [(-2, 20, 392), (-14, 12, 420), (-22, 8, 470), (-24, 14, 530)], 4.2)
+    canvas.tube(ids("right common carotid artery"), [(22, 14, 416), (24, 10, 440), (24, 10, 470), (25, 14, 530)], 4.2)
+    canvas.tube(ids("left subclavian artery"), [(-14, 2, 392), (-24, -4, 416), (-46, 4, 428), (-78, 14, 424)], 5)
     canvas.tube(ids("right subclavian artery"), [(24, 12, 418), (44, 8, 428), (78, 14, 424)], 5)
 
 
 def _thorax(canvas: Canvas, wall: Wall, above: Array, ids: Ids, rng: np.random.Generator) -> None:
     carina = 350 + rng.normal(0, 4)
     canvas.tube(ids("trachea"), [(0, 14, 520), (0, 10, 470), (1, 2, 420), (2, -6, 380), (2, -8, carina)], 8.2)
-    gullet: list[tuple[float, float, float]] = [
-        (-4, float(spine_y(z)) + 22, z) for z in (480.0, 430.0, 380.0)
-    ]
+    gullet: list[tuple[float, float, float]] = [(-4, float(spine_y(z)) + 22, z) for z in (480.0, 430.0, 380.0)]
     gullet += [(-6, float(spine_y(z)) + 27, z) for z in (340.0, 300.0)] + [
         (-12, 0, 262),
         (-20, 16, 240),
@@ -124,9 +112,7 @@ def _thorax(canvas: Canvas, wall: Wall, above: Array, ids: Ids, rng: np.random.G
         canvas.tube(veins, [(side * 10, 8, 304), (side * 28, 4, 312), (side * 50, 4, 336)], [8, 6, 4])
         canvas.tube(veins, [(side * 10, 6, 298), (side * 28, -4, 294), (side * 48, -18, 272)], [8, 6, 4])
     canvas.ellipsoid(ids("left atrial appendage"), (-44, 40, 322), (10, 15, 10))
-    canvas.ellipsoid(
-        heart, (x, y, z), (58 * size, 42 * size, 46 * size), rough=0.025, power=2.2, turn_deg=(24, 22, -34)
-    )
+    canvas.ellipsoid(heart, (x, y, z), (58 * size, 42 * size, 46 * size), rough=0.025, power=2.2, turn_deg=(24, 22, -34))
     canvas.ellipsoid(heart, (12, 38, 296), (34, 30, 34), rough=0.02)
     canvas.tube(heart, [(-14, 52, 318), (-14, 38, 336), (-10, 18, 340)], [15, 13, 11])  # the pulmonary trunk
     canvas.tube(heart, [(-12, 20, 338), (-30, 2, 340), (-42, -10, 332)], [11, 9, 7])
@@ -148,15 +134,10 @@ def _thorax(canvas: Canvas, wall: Wall, above: Array, ids: Ids, rng: np.random.G
     middle = ((canvas.x + 4) / half) ** 2 + ((canvas.y - 16) / 90) ** 2
     backbone = spine_y(canvas.z, canvas.habitus.bend)
     aside = np.clip((np.abs(canvas.x) - 18) / 32, 0, 1)
-    gutter = (
-        backbone - 12 + aside * (wall.centre_y - wall.half_depth - backbone + 12)
-    )  # in front of the ribs' necks
+    gutter = backbone - 12 + aside * (wall.centre_y - wall.half_depth - backbone + 12)  # in front of the ribs' necks
     lung = (above > 0) & (middle > 1) & (canvas.z < 447) & (wall.shell < -8)
     lung &= (canvas.y > gutter) & ((np.abs(canvas.x) > 26) | (canvas.y > backbone))
-    lung &= (
-        canvas.level((slice(None),) * 3, (x, y, z), (66 * size, 50 * size, 54 * size), turn_deg=(24, 22, -34))
-        > 1
-    )
+    lung &= canvas.level((slice(None),) * 3, (x, y, z), (66 * size, 50 * size, 54 * size), turn_deg=(24, 22, -34)) > 1
     slope = 1.05 + 0.1 * rng.normal()
     oblique = canvas.z - (366 + rng.normal(0, 6) - slope * (canvas.y + 62)) + 3 * canvas.grain[0]
     horizontal = canvas.z - (298 + rng.normal(0, 5)) + 3 * canvas.grain[1]
@@ -225,13 +206,9 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids: Ids, rng: n
         canvas.tube(vein, [(54, 38, 186), tip], [5.0, 2.8], where=below)
     liver = ids("liver")
     edge = canvas.z - (88 + 0.62 * (112 - canvas.x) + rng.normal(0, 8)) + 5 * canvas.grain[0]
-    edge += (
-        12 - 30 * np.exp(-(((canvas.y - 8) / 34) ** 2)) + 0.12 * (canvas.y - 20)
-    )  # colon and kidney press upward
+    edge += 12 - 30 * np.exp(-(((canvas.y - 8) / 34) ** 2)) + 0.12 * (canvas.y - 20)  # colon and kidney press upward
     lobe = np.minimum(below + 2, edge).astype(np.float32)
-    canvas.ellipsoid(
-        liver, (66, 16, 186), (77 * size, 92 * size, 98 * size), rough=0.02, power=2.6, where=lobe
-    )
+    canvas.ellipsoid(liver, (66, 16, 186), (77 * size, 92 * size, 98 * size), rough=0.02, power=2.6, where=lobe)
     canvas.ellipsoid(
         liver,
         (-4, 56, 212),
@@ -252,9 +229,7 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids: Ids, rng: n
         where=below,
     )
     pancreas = [(32, 40, 104), (24, 46, 122), (2, 54, 134), (-28, 44, 142), (-58, 18, 152), (-82, -2, 160)]
-    canvas.tube(
-        ids("pancreas"), pancreas, np.array([15, 17, 12, 13, 13, 9]) * (1 + 0.08 * rng.normal()), rough=0.10
-    )
+    canvas.tube(ids("pancreas"), pancreas, np.array([15, 17, 12, 13, 13, 9]) * (1 + 0.08 * rng.normal()), rough=0.10)
     full = rng.uniform(0.75, 1.25)
     stomach = [
         (-52, 12, 226),
@@ -265,9 +240,7 @@ def _upper_abdomen(canvas: Canvas, below: Array, inside: Array, ids: Ids, rng: n
         (8, 68, 136),
         (24, 62, 138),
     ]
-    canvas.tube(
-        ids("stomach"), stomach, np.array([30, 36, 31, 26, 21, 15, 10]) * full**0.5, rough=0.06, where=inside
-    )
+    canvas.tube(ids("stomach"), stomach, np.array([30, 36, 31, 26, 21, 15, 10]) * full**0.5, rough=0.06, where=inside)
     duodenum = [
         (24, 60, 138),
         (42, 50, 136),
@@ -363,9 +336,7 @@ def _muscles(canvas: Canvas, wall: Wall, inside: Array, ids: Ids) -> None:
             squash=(0.9, 1.6, 1),
         )
         wing = (0, 0, side * -31)  # the wing of the ilium runs outward from behind to in front
-        canvas.ellipsoid(
-            ids(f"{word} gluteus minimus"), (side * 106, -12, -52), (14, 38, 40), rough=0.05, turn_deg=wing
-        )
+        canvas.ellipsoid(ids(f"{word} gluteus minimus"), (side * 106, -12, -52), (14, 38, 40), rough=0.05, turn_deg=wing)
         canvas.ellipsoid(
             ids(f"{word} gluteus medius"),
             (side * 114, -24, -30),
@@ -397,9 +368,6 @@ def _small_bowel(canvas: Canvas, wall: Wall, below: Array, ids: Ids, rng: np.ran
             across = np.linspace(-reach, reach, 7) * (1 if row % 2 else -1)
             wave = 9 * np.sin(np.arange(7) * 2.0 + rng.uniform(0, 6.3))
             jitter = rng.normal(0, 4.5, (7, 3))
-            loops += [
-                (x + j[0], depth + w + j[1], z + 0.5 * w + j[2])
-                for x, w, j in zip(across, wave, jitter, strict=True)
-            ]
+            loops += [(x + j[0], depth + w + j[1], z + 0.5 * w + j[2]) for x, w, j in zip(across, wave, jitter, strict=True)]
         width = gauge * rng.uniform(0.75, 1.12, len(loops))
         canvas.tube(ids("small bowel"), loops, width, rough=0.12, where=space)

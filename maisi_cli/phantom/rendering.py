@@ -168,32 +168,16 @@ def _envelope(
     inner = (small > 0) & (small != 200)
     inner &= ~groups["muscle"][small]
     # the cavity: what a 30 mm closing of all organs and bones fills; its rim is the muscular wall
-    far = (
-        ndimage.distance_transform_edt(~inner, sampling=sampling)
-        if inner.any()
-        else np.full(small.shape, 1e3)
-    )
+    far = ndimage.distance_transform_edt(~inner, sampling=sampling) if inner.any() else np.full(small.shape, 1e3)
     grown = np.pad(far < 30, 1, mode="edge")
     cavity_depth = ndimage.distance_transform_edt(grown, sampling=sampling)[1:-1, 1:-1, 1:-1] - 30
     firm = skeletal[small]
-    to_muscle = (
-        ndimage.distance_transform_edt(~firm, sampling=sampling) if firm.any() else np.full(small.shape, 1e3)
-    )
+    to_muscle = ndimage.distance_transform_edt(~firm, sampling=sampling) if firm.any() else np.full(small.shape, 1e3)
     limbs = _limb_bones()[small]
-    to_limb = (
-        ndimage.distance_transform_edt(~limbs, sampling=sampling)
-        if limbs.any()
-        else np.full(small.shape, 1e3)
-    )
+    to_limb = ndimage.distance_transform_edt(~limbs, sampling=sampling) if limbs.any() else np.full(small.shape, 1e3)
     organs = inner & ~skeletal[small]
-    to_organ = (
-        ndimage.distance_transform_edt(~organs, sampling=sampling)
-        if organs.any()
-        else np.full(small.shape, 1e3)
-    )
-    skin_depth = ndimage.distance_transform_edt(np.pad(small > 0, 1, mode="edge"), sampling=sampling)[
-        1:-1, 1:-1, 1:-1
-    ]
+    to_organ = ndimage.distance_transform_edt(~organs, sampling=sampling) if organs.any() else np.full(small.shape, 1e3)
+    skin_depth = ndimage.distance_transform_edt(np.pad(small > 0, 1, mode="edge"), sampling=sampling)[1:-1, 1:-1, 1:-1]
     zoom = [n / s for n, s in zip(labels.shape, small.shape, strict=True)]
     cavity_depth, to_muscle, to_limb, to_organ, skin_depth = (
         ndimage.zoom(f.astype(np.float32), zoom, order=1, grid_mode=True, mode="nearest")
@@ -215,9 +199,7 @@ def _envelope(
     strand = (first**2 + second**2 < 0.03) & ~muscle & (cavity_depth > 8) & (to_organ > 3)
     soft[strand] = 25.0  # the vessels of the mesentery
     soft += 5 * fine
-    wall = ndimage.binary_erosion(
-        labels > 0, iterations=max(1, round(2.0 / float(mm.mean()))), border_value=1
-    )
+    wall = ndimage.binary_erosion(labels > 0, iterations=max(1, round(2.0 / float(mm.mean()))), border_value=1)
     soft[body & ~wall] = SKIN_HU
     hu[body] = soft[body]
 
@@ -239,9 +221,7 @@ def _bone(
     inside = ndimage.distance_transform_edt(bone, sampling=mm)[bone]
     cortex = np.exp(-((inside / (1.1 * float(np.mean(mm)))) ** 2)).astype(np.float32)
     skull = labels[bone] == maisi().id("skull")
-    shaft = np.isin(
-        labels[bone], [maisi().id(f"{s} {n}") for s in ("left", "right") for n in ("femur", "humerus")]
-    )
+    shaft = np.isin(labels[bone], [maisi().id(f"{s} {n}") for s in ("left", "right") for n in ("femur", "humerus")])
     hu[bone] += (360 + 60 * rng.normal()) * cortex + 45 * fine[bone] - 45 * (1 - cortex)
     hu[bone] += np.where(skull, 420.0, 0) + np.where(shaft, 240 * cortex, 0)
 
@@ -266,18 +246,14 @@ def _lungs(
         ("left lung upper lobe", "left lung lower lobe"),
         ("right lung upper lobe", "right lung middle lobe", "right lung lower lobe"),
     ):
-        vessel = np.maximum(
-            vessel, vessel_tree(np.isin(labels[box], [ids(name) for name in lobes]), middle, mm, rng)
-        )
+        vessel = np.maximum(vessel, vessel_tree(np.isin(labels[box], [ids(name) for name in lobes]), middle, mm, rng))
     height = np.linspace(-1, 1, view.shape[1], dtype=np.float32)[None, :, None]
     air = rng.normal(-862, 20) - 26 * height + 14 * smooth_noise(rng, view.shape, [16 / m for m in mm])
     rendered = air + vessel * (blood - air)
     hu[box][view] = rendered[view]
 
 
-def vessel_tree(
-    inside: NDArray[np.bool_], middle: float, mm: tuple[float, ...], rng: np.random.Generator
-) -> Array:
+def vessel_tree(inside: NDArray[np.bool_], middle: float, mm: tuple[float, ...], rng: np.random.Generator) -> Array:
     """Grow a tree of vessels through a lung and return the share of every voxel that it fills, 0..1.
 
     Random end points, nearest first, are joined to the tree where the way from the hilum stays short; the
@@ -323,9 +299,7 @@ def vessel_tree(
     return filled * inside
 
 
-def _stamp(
-    filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64], mm: NDArray[np.float64]
-) -> None:
+def _stamp(filled: Array, points: NDArray[np.float64], radii: NDArray[np.float64], mm: NDArray[np.float64]) -> None:
     """Draw balls into `filled`, with partial volume at their rims and for those smaller than a voxel."""
     voxel = float(mm.mean())
     size = np.maximum(radii, 0.5 * voxel)
@@ -334,9 +308,7 @@ def _stamp(
     base = np.round(points / mm).astype(int)
     for reach in np.unique(hull):
         some = hull == reach
-        spans = [
-            np.arange(-k, k + 1) for k in np.maximum(1, np.ceil((reach * voxel + voxel / 2) / mm)).astype(int)
-        ]
+        spans = [np.arange(-k, k + 1) for k in np.maximum(1, np.ceil((reach * voxel + voxel / 2) / mm)).astype(int)]
         for offset in np.stack(np.meshgrid(*spans, indexing="ij"), axis=-1).reshape(-1, 3):
             at = base[some] + offset
             away = np.sqrt((((at * mm) - points[some]) ** 2).sum(axis=1))
@@ -368,9 +340,7 @@ def _hollow(
         if not box:
             continue
         view = where[box[0]]
-        core = ndimage.distance_transform_edt(np.pad(view, 1), sampling=mm)[1:-1, 1:-1, 1:-1] > max(
-            2.5, min(mm)
-        )
+        core = ndimage.distance_transform_edt(np.pad(view, 1), sampling=mm)[1:-1, 1:-1, 1:-1] > max(2.5, min(mm))
         if not core.any():
             continue
         up = np.linspace(0, 1, view.shape[1], dtype=np.float32)[None, :, None]

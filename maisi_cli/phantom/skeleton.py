@@ -85,9 +85,7 @@ class Wall:
         level = (np.abs(u) ** 2.3 + np.abs(v) ** 2.3) ** np.float32(1 / 2.3)
         radius = np.hypot(canvas.x, canvas.y - self.centre_y)
         self.shell: Array = (radius - radius / np.maximum(level, 1e-3)).astype(np.float32)
-        self.angle: Array = np.degrees(np.arctan2(np.abs(canvas.x), -(canvas.y - self.centre_y))).astype(
-            np.float32
-        )
+        self.angle: Array = np.degrees(np.arctan2(np.abs(canvas.x), -(canvas.y - self.centre_y))).astype(np.float32)
         self.half_width, self.half_depth = half_width, half_depth
 
 
@@ -148,9 +146,7 @@ def _spine(canvas: Canvas, ids: Ids) -> None:
         size = float(profile(z, [(-14, 25), (85, 25), (180, 20), (330, 15.5), (430, 14), (540, 11)]))
         y = float(spine_y(z, bend))
         tilt = float(np.degrees(np.arctan2(float(spine_y(z + 8, bend)) - float(spine_y(z - 8, bend)), 16)))
-        canvas.ellipsoid(
-            label, (0, y, z), (size, size * 0.74, pitch * 0.43), power=4.5, turn_deg=(-tilt, 0, 0)
-        )
+        canvas.ellipsoid(label, (0, y, z), (size, size * 0.74, pitch * 0.43), power=4.5, turn_deg=(-tilt, 0, 0))
         back = y - 26 + 4 * (z > 440)
         canvas.tube(
             label,
@@ -158,9 +154,7 @@ def _spine(canvas: Canvas, ids: Ids) -> None:
             13.0 if z < 440 else 12.0,
             squash=(1.15, 0.95, 1),
         )
-        reach = float(
-            profile(z, [(-14, 26), (17, 34), (85, 40), (150, 34), (208, 24), (330, 30), (424, 36), (480, 24)])
-        )
+        reach = float(profile(z, [(-14, 26), (17, 34), (85, 40), (150, 34), (208, 24), (330, 30), (424, 36), (480, 24)]))
         spike = float(profile(z, [(-14, 18), (85, 30), (180, 26), (330, 22), (442, 26), (520, 16)]))
         fall = float(profile(z, [(85, 6), (180, 12), (300, 26), (400, 18), (480, 8)]))
         for side in (-1, 1):
@@ -184,9 +178,7 @@ def rib_z(k: int, angle: Array | float) -> Array:
     start = LEVELS[17 - (k - 1)][1] + 8
     drop = _RIB_DROP[k - 1]
     fraction = np.asarray(angle, dtype=np.float32) / 150
-    return (start - drop * (fraction**1.25) * (1 - 0.18 * np.maximum(fraction - 0.75, 0) * 4)).astype(
-        np.float32
-    )
+    return (start - drop * (fraction**1.25) * (1 - 0.18 * np.maximum(fraction - 0.75, 0) * 4)).astype(np.float32)
 
 
 def _ribs(canvas: Canvas, wall: Wall, ids: Ids) -> None:
@@ -202,9 +194,7 @@ def _ribs(canvas: Canvas, wall: Wall, ids: Ids) -> None:
     for k in range(1, 13):
         end = RIB_ENDS[k - 1]
         middle = rib_z(k, angle)
-        bone = (
-            (np.abs(z - middle) < half_height) & (np.abs(shell) < half_thick) & (angle < end) & (angle > 10)
-        )
+        bone = (np.abs(z - middle) < half_height) & (np.abs(shell) < half_thick) & (angle < end) & (angle > 10)
         for side, word in ((-1, "left"), (1, "right")):
             chosen = bone & (np.sign(x) == side)
             free = flat[at[chosen]] == 200
@@ -216,12 +206,7 @@ def _ribs(canvas: Canvas, wall: Wall, ids: Ids) -> None:
             stop = 172 if k <= 7 else 166 - 4 * (k - 7)
             fraction = np.clip((angle - end) / max(stop - end, 1), 0, 1)
             line = start + (goal - start) * fraction**1.4
-            soft = (
-                (np.abs(z - line) < half_height)
-                & (np.abs(shell) < half_thick + 0.8)
-                & (angle >= end)
-                & (angle < stop + 1)
-            )
+            soft = (np.abs(z - line) < half_height) & (np.abs(shell) < half_thick + 0.8) & (angle >= end) & (angle < stop + 1)
             free = soft & (flat[at] == 200)
             flat[at[free]] = cartilage
     sternum = (np.abs(shell) < half_thick + 2) & (angle > 165) & (z > 282) & (z < 412)
@@ -270,9 +255,7 @@ def _pelvis(canvas: Canvas, ids: Ids) -> None:
                 canvas.tube(hip, [tip, (s * 84, -4 + 0.12 * cy, -72)], [7.0, 9.0])
         canvas.tube(hip, [(s * c[0], c[1], c[2]) for c in crest], 7.5)
         canvas.tube(hip, [(s * 48, -56, -2), (s * 58, -52, -34), (s * 76, -30, -62)], [10, 11, 13])
-        canvas.ellipsoid(
-            hip, (s * 88, 2, -102), (33, 34, 34), where=(np.abs(canvas.x) < 104).astype(np.float32)
-        )
+        canvas.ellipsoid(hip, (s * 88, 2, -102), (33, 34, 34), where=(np.abs(canvas.x) < 104).astype(np.float32))
         canvas.tube(hip, [(s * 74, 26, -100), (s * 42, 44, -112), (s * 10, 46, -126)], [11, 9, 11])
         canvas.tube(hip, [(s * 80, -18, -118), (s * 66, -34, -150), (s * 60, -34, -162)], [17, 15, 13])
         canvas.tube(hip, [(s * 60, -30, -164), (s * 34, 12, -150), (s * 10, 40, -136)], [10, 7, 9])
@@ -292,12 +275,7 @@ def _shoulders(canvas: Canvas, wall: Wall, ids: Ids) -> None:
             [(side * 170, -8, 412), (side * 182, 0, 500), (side * 184, 14, 700)],
             [16, 12, 12],
         )
-        blade = (
-            (wall.shell > 9)
-            & (wall.shell < 10 + max(6.0, coarse * 1.2))
-            & (canvas.z > 296)
-            & (canvas.z < 418)
-        )
+        blade = (wall.shell > 9) & (wall.shell < 10 + max(6.0, coarse * 1.2)) & (canvas.z > 296) & (canvas.z < 418)
         reach = 24 + 44 * np.clip((canvas.z - 296) / 90, 0, 1)
         blade &= (wall.angle > 38) & (wall.angle < 38 + reach) & (np.sign(canvas.x) == side)
         whole = (slice(0, blade.shape[0]), slice(0, blade.shape[1]), slice(0, blade.shape[2]))

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,8 @@ def train(
     weights that training starts from are never written. Raises `UsageError` for bad settings, lists and states.
     """
     from . import controlnet, diffusion, vae
-    from .loop import run
+    from .loop import Task, run
 
     settings = settings_from(kind, preset or f"nano-{kind}", overrides)
-    make = {"vae": vae.task, "dm": diffusion.task, "controlnet": controlnet.task}[kind]
-    return run(make(settings, Path(data)), settings, Path(out), resume=resume, force=force, on_event=on_event)
-
-
+    tasks: dict[str, Callable[[TrainSettings, Path], Task]] = {"vae": vae.task, "dm": diffusion.task, "controlnet": controlnet.task}
+    return run(tasks[kind](settings, Path(data)), settings, Path(out), resume=resume, force=force, on_event=on_event)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..events import Note, OnEvent, Saved, Stage, Step, ignore
-from ..geometry import Geometry
 from ..files import refuse_overwriting, write_atomic
+from ..geometry import Geometry
 from ..volumes import read_image, read_mask, write_image, write_mask
 
 LIST_NAME = "list.json"
@@ -81,9 +81,7 @@ def write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, json.dumps({"training": list(rows)}, indent=1).encode())
 
 
-def make_phantoms(
-    out: str | Path, count: int, *, seed: int = 0, force: bool = False, size: int = 128, on_event: OnEvent = ignore
-) -> Path:
+def make_phantoms(out: str | Path, count: int, *, seed: int = 0, force: bool = False, size: int = 128, on_event: OnEvent = ignore) -> Path:
     """Write `count` procedural cases (image, label) and their list; every tenth is held out (fold 0).
 
     Case k depends on (seed, k) alone. Sizes up to `size` voxels per axis, at 2.5 to 4 mm. Returns the list's path.
@@ -127,8 +125,8 @@ def encode(
 ) -> Path:  # fmt: skip
     """Encode the images of a list with a VAE: the posterior's mean, float16, shape (4, x, y, z), one `.npy` per case.
 
-    `vae` is a safetensors file of weights; without it the model's own are used. The list is written again as `latents.json` beside the latents; images whose
-    size does not divide by 4 are padded with air. Returns the new list's path.
+    `vae` is a safetensors file of weights; without it the model's own are used. The list is written again as
+    `latents.json` beside the latents; images whose size does not divide by 4 are padded with air. Returns the new list's path.
     """
     import torch
 

@@ -223,7 +223,7 @@ def _stopping() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT inside the block instead of dying; the list is empty until one arrives."""
     got: list[int] = []
     before: dict[int, Any] = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (int(signal.SIGTERM), int(signal.SIGINT)):
         try:
             before[number] = signal.signal(number, lambda received, _frame: got.append(received))
         except ValueError:  # not the main thread: its owner handles signals

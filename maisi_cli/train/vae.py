@@ -144,7 +144,7 @@ def hold_anchors(network: nn.Module) -> None:
         parameter.register_hook(lambda gradient, free=free: gradient * free.to(gradient.device))
 
 
-def _anchors(network: nn.Module) -> Iterator[tuple[nn.Parameter, Any, Any]]:
+def _anchors(network: nn.Module) -> Iterator[tuple[Tensor, Any, Any]]:
     """Yield (parameter, its entries, their value) of everything that makes the constant channels constant, and unread."""
     groups = next(module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm))
 

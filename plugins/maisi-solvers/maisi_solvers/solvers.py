@@ -28,9 +28,7 @@ def adams_bashforth_2(
     return x
 
 
-def heun(
-    denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
-) -> Tensor:
+def heun(denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None) -> Tensor:
     """Average the velocities at both ends of each step, the far end predicted by Euler's method.
 
     Heun's method; the last step is Euler's, so that the network is never asked at t = 0 (Karras et al. 2022,
