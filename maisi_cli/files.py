@@ -17,6 +17,18 @@ def refuse_overwriting(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} already exists", hint="add --force to replace it, or choose another --out")
 
 
+def require_folder(path: Path) -> None:
+    """Refuse, before any work is done, a folder that cannot be made or written to.
+
+    Raises `UsageError` when a file stands in its place, `CannotRun` when it may not be written to.
+    """
+    standing = next((each for each in (path, *path.absolute().parents) if each.exists()), None)
+    if standing is not None and not standing.is_dir():
+        raise UsageError(f"cannot write to {path}: {standing} is a file", hint="choose another --out")
+    if standing is not None and not os.access(standing, os.W_OK | os.X_OK):
+        raise CannotRun(f"cannot write to {path}: {standing} is not writable", hint="choose another --out")
+
+
 def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
     """Write a file so that it appears complete or not at all, whatever interrupts it.
 

@@ -43,8 +43,17 @@ def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, 
     Raises `UsageError` when label 200 (body) is missing, unless `allow_missing_body`, and for ids that are unknown.
     """
     if not settings.mask:
-        raise UsageError("the mask source `file` needs a mask", hint="add --mask FILE")
+        raise UsageError("--mask-source file needs a mask", hint="add --mask FILE")
     return load_mask(Path(settings.mask), labels=settings.labels, allow_missing_body=settings.allow_missing_body, on_event=on_event)
+
+
+def own(settings: GenerateSettings, *, on_event: OnEvent = ignore) -> Mask:
+    """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`."""
+    mask = from_file(settings, None, 0, on_event=on_event)
+    missing = [name for name in settings.anatomy if maisi().id(name) not in mask.ids()]
+    if missing:
+        raise UsageError(f"{settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
+    return mask
 
 
 def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = False, on_event: OnEvent = ignore) -> Mask:
@@ -52,6 +61,8 @@ def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = F
     mask = read_mask(path, on_event=on_event)
     if labels != "maisi":
         mask = map_labels(mask, labels, "maisi", on_event=on_event)
+    if not mask.ids():
+        raise UsageError(f"{path} holds no label at all", hint="give a mask that is not empty; see  maisi info FILE")
     unknown = [value for value in mask.ids() if value not in maisi()]
     if unknown:
         raise UsageError(f"{path} holds ids that MAISI does not have: {', '.join(map(str, unknown[:8]))}",

@@ -25,6 +25,7 @@ from .geometry import Geometry
 SCHEMA = "maisi.record/1"
 PACKAGES = ("monai", "nibabel", "numpy", "scipy", "torch")
 LOOK = "give a *_record.json that maisi wrote"
+_TABLES = {"settings": ("value", "origin"), "outputs": ("file", "sha256")}
 
 
 def build(
@@ -121,7 +122,14 @@ def read(path: str | Path) -> dict[str, Any]:
     missing = [key for key in ("settings", "model", "seed", "outputs") if key not in record]
     if missing:
         raise UsageError(f"{path} is an incomplete record: it lacks {', '.join(missing)}", hint=LOOK)
+    wrong = next((key for key, entries in _TABLES.items() if not _is_table(record[key], entries)), None)
+    if wrong is not None:
+        raise UsageError(f"{path} is not a record that maisi wrote: its {wrong} are of another form", hint=LOOK)
     return record
+
+
+def _is_table(value: Any, keys: tuple[str, ...]) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, dict) and all(key in each for key in keys) for each in value.values())
 
 
 def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import string
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ ENVIRONMENT_PREFIX = "MAISI_"
 # environment variables that are not settings of generate
 _OTHER_VARIABLES = {"MAISI_HOME", "MAISI_DEBUG", "MAISI_LOAD_PLUGINS", "MAISI_TRACE_PLUGINS", "MAISI_CONFIG", "MAISI_OFFLINE"}
 PROJECT_FILE = "maisi.toml"
+LONGEST_NAME = 200  # bytes; file systems take 255, and _image.nii.gz and a temporary ending are added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +121,12 @@ def _truth(value: Any) -> bool:
 
 def _whole(low: int, high: int | None = None) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
-        if isinstance(value, float) and value != int(value):
+        try:
+            number = int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError("it must be a whole number") from None
+        if isinstance(value, bool) or (isinstance(value, float) and value != number):
             raise ValueError("it must be a whole number")
-        number = int(value)
         if number < low or (high is not None and number > high):
             raise ValueError(f"it must lie in {low}..{high}" if high is not None else f"it must be at least {low}")
         return number
@@ -130,9 +136,12 @@ def _whole(low: int, high: int | None = None) -> Callable[[Any], int]:
 
 def _number(low: float, high: float | None = None) -> Callable[[Any], float]:
     def parse(value: Any) -> float:
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError("it must be a number") from None
         if not number >= low or (high is not None and number >= high):
-            raise ValueError(f"it must lie in {low:g}..{high:g}" if high is not None else f"it must be at least {low:g}")
+            raise ValueError(f"it must lie in {low:g}..{high:g}, without {high:g}" if high is not None else f"it must be at least {low:g}")
         return number
 
     return parse
@@ -152,15 +161,32 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
 
 
 def _window(value: Any) -> tuple[int, int, int]:
-    return parse_size(value)
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        raise UsageError(error.message.replace("size", "window", 1), hint="write it like 64x64x48") from error
+
+
+def _device(value: Any) -> str:
+    text = str(value)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise ValueError("use auto, cpu, cuda, cuda:1 or mps")
+    return text
+
+
+def _formats(value: Any) -> tuple[str, ...]:
+    found = _words(value)
+    if not found:
+        raise ValueError("name at least one format, such as nifti")
+    return found
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "mode": _one_of("paired", "image", "mask"), "size": parse_size, "spacing": parse_mm,
     "fov": lambda value: parse_mm(value, "fov"), "regions": _words, "anatomy": _words, "cfg_modality": _number(0),
-    "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _words, "preview": _truth,
+    "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _formats, "preview": _truth,
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
-    "window": _window, "overlap": _number(0, 1), "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
+    "window": _window, "overlap": _number(0, 1), "device": _device, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
     "on_qc_fail": _one_of("retry", "drop", "keep"), "retries": _whole(0, 100), "compat": _one_of("reference"),
     "offline": _truth, "allow_ood": _truth, "allow_missing_body": _truth,
 }  # fmt: skip
@@ -171,7 +197,8 @@ _TABLES = ("volume", "anatomy", "execution", "generate", "sampling", "output")
 def parse_value(key: str, value: Any, origin: str) -> Any:
     """Check and convert one value. Raises `UsageError` that names the key and its origin."""
     if key not in KEYS:
-        raise unknown("setting", key, KEYS, see="maisi generate --help")
+        error = unknown("setting", key, [*KEYS, *_TABLES], see="maisi generate --help")
+        raise UsageError(f"{error.message} (from {origin})", hint=error.hint)
     if value is None:
         return None
     try:
@@ -187,7 +214,9 @@ def flatten(tables: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Return the settings of a TOML document: keys at its top level or in its tables."""
     flat: dict[str, Any] = {}
     for key, value in tables.items():
-        if isinstance(value, Mapping) and key in _TABLES:
+        if key in _TABLES:
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{key} is {value!r}, not a table (from {origin})", hint=f"write [{key}] above the keys in it")
             flat.update(value)
         elif key not in ("schema",):
             flat[key] = value
@@ -200,20 +229,27 @@ def read_config(path: Path, origin: str) -> Layer | None:
         return None
     try:
         data = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not TOML, or not text
         raise UsageError(f"{path} cannot be read: {error}", hint="correct the file") from error
     return Layer(origin=origin, values=flatten(data, str(path)))
 
 
-def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """Parse `--set key=value` texts; values are TOML, bare words are strings. A table prefix (`volume.size`) may stand."""
+def parse_assignments(texts: Sequence[str], tables: Sequence[str] = _TABLES) -> dict[str, Any]:
+    """Parse `--set key=value` texts; values are TOML, bare words are strings. The prefix of one of `tables` may stand.
+
+    Raises `UsageError` for a text without a value and for a table that is not known.
+    """
     values: dict[str, Any] = {}
     for text in texts:
         key, equals, raw = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text!r} has no value", hint="write it like --set steps=20")
-        name = key.strip().removeprefix("generate.").split(".")[-1].replace("-", "_")
-        values[name] = toml_value(raw.strip())
+        table, dot, name = key.strip().rpartition(".")
+        if dot and table not in tables:
+            raise UsageError(
+                f"--set {text!r}: there is no table {table!r}", hint=f"write {name}={raw} alone; tables are {', '.join(tables)}"
+            )
+        values[name.replace("-", "_")] = toml_value(raw.strip())
     return values
 
 
@@ -314,6 +350,7 @@ def resolve(
     if not own_mask:
         _settle_geometry(origins, [region_layer.origin], spec, notes)
     _check_names(origins, spec)
+    _check_together(origins)
     settings = GenerateSettings(**{key: setting.value for key, setting in origins.items()})
     return Resolved(settings=settings, origins=origins, notes=tuple(notes))
 
@@ -345,16 +382,27 @@ def _choose_model(wanted: str, region: Any, mode: str, notes: list[str]) -> tupl
         return spec, f"preset {region.name}"
     small = catalog.model("nano-ct")
     if spec.modality != small.modality:
-        raise_missing(spec)
+        return spec, f"preset {region.name}"  # no other model makes it: what is missing is said when it is needed
     notes.append(f"model nano-ct is used: {preferred} is not installed (maisi models pull {preferred})")
     return small, "auto"
 
 
-def raise_missing(spec: Any) -> None:
-    """Raise the error for a model whose weights are not installed."""
+def require_weights(spec: Any, mode: str) -> None:
+    """Raise `CannotRun`, with what to do about it, when the weights that a mode needs are not on this machine."""
     from .errors import CannotRun
 
-    raise CannotRun(f"model {spec.name} is not installed", hint=f"maisi models pull {spec.name}")
+    if spec.installed(mode):
+        return
+    missing = [spec.weight_path(weight) for weight in spec.weights if weight.part in spec.parts_for(mode)]
+    path = next((each for each in missing if not each.is_file()), spec.path)
+    pulled = any(weight.repo is not None for weight in spec.weights)
+    if pulled:
+        hint = f"maisi models pull {spec.name}"
+    elif spec.bundled:
+        hint = "its weights come with maisi: install maisi again"
+    else:
+        hint = f"put the file there, or correct the [[weights]] of {spec.path}"
+    raise CannotRun(f"model {spec.name} is not installed: {path} is missing", hint=hint)
 
 
 def _settle_geometry(origins: dict[str, Setting], preset_origins: Sequence[str], spec: Any, notes: list[str]) -> None:
@@ -405,7 +453,7 @@ def _layer_value(setting: Setting, preset_origins: Sequence[str]) -> Any:
 def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
     """Check what is a name of something registered, and what the model must know."""
     from . import catalog
-    from .anatomy import maisi, region_index
+    from .anatomy import maisi, region_index, remap_table
     from .plugins import plugins
 
     registered = plugins()
@@ -422,9 +470,85 @@ def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
     shard = origins["shard"].value
     if shard is not None:
         parse_shard(str(shard))
+    if origins["labels"].value != "maisi":
+        remap_table(str(origins["labels"].value))
     kind = catalog.modality(str(origins["modality"].value))
     spec.check_modality(kind.name)
     spec.check_mode(str(origins["mode"].value))
+    sample_id(origins, spec, 0)
+    if origins["count"].value > 1 and sample_id(origins, spec, 0) == sample_id(origins, spec, 1):
+        raise UsageError(
+            f"--name {origins['name'].value!r} gives all {origins['count'].value} samples one name", hint="put {index} into it"
+        )
+
+
+def _check_together(origins: dict[str, Setting]) -> None:
+    """Refuse values that would go unused or contradict one another; a window that is typed asks for the window decoder."""
+
+    def typed(key: str) -> bool:
+        return origins[key].origin in ("command line", "--set")
+
+    def value(key: str) -> Any:
+        return origins[key].value
+
+    if value("mask") is None:
+        for key in ("labels", "allow_missing_body"):
+            if typed(key):
+                raise UsageError(f"--{key.replace('_', '-')} speaks of the label map of --mask, and there is none", hint="add --mask FILE")
+        if value("mask_source") == "file" and value("mode") != "image":
+            raise UsageError("--mask-source file needs a mask", hint="add --mask FILE")
+    else:
+        if value("mode") == "image":
+            raise UsageError(
+                "--mode image makes an image without a mask, and --mask gives one", hint="use --mode paired, or leave --mask out"
+            )
+        if value("mask_source") not in ("auto", "file"):
+            raise UsageError(f"--mask-source {value('mask_source')} and --mask exclude each other", hint="leave one out")
+    if value("mode") == "image" and typed("anatomy") and value("anatomy"):
+        raise UsageError("--mode image makes no mask that could hold --anatomy", hint="use --mode paired, or leave --anatomy out")
+    asked = any(origins[key].origin in ("command line", "--set", "environment", PROJECT_FILE, "user config") for key in ("window", "overlap"))
+    if value("decoder") == "auto" and asked:
+        origins["decoder"] = Setting(value="window", origin="derived", hides=(("auto", origins["decoder"].origin),))
+    if value("decoder") == "window" and value("window") is None:
+        raise UsageError("the window decoder needs a window in latent voxels", hint="add --window 64x64x48")
+    for key in ("window", "overlap"):
+        if value("decoder") == "exact" and typed(key):
+            raise UsageError(
+                f"--{key} is of the window decoder, and the decoder is exact", hint=f"add --decoder window, or leave --{key} out"
+            )
+    if value("shard") is not None and value("seed") is None:
+        raise UsageError("--shard needs the seed that all shards of the run share", hint="add --seed S")
+
+
+def sample_id(values: Any, spec: Any, index: int) -> str:
+    """Return the name of sample `index` that the files of a run begin with.
+
+    `values` are `GenerateSettings`, or settings by name. Raises `UsageError` for a template that names something else, and
+    for a name that is no file name.
+    """
+
+    def value(key: str) -> Any:
+        return values[key].value if isinstance(values, Mapping) else getattr(values, key)
+
+    template = str(value("name"))
+    stem = str(value("preset")) if value("mask") is None else Path(str(value("mask"))).name.split(".nii")[0]
+    seed = value("seed") if value("seed") is not None else 0
+    words = {"stem": Path(stem).stem if stem.endswith(".toml") else stem, "preset": Path(str(value("preset"))).stem, "index": index,
+             "seed": seed, "model": spec.name, "mode": value("mode")}  # fmt: skip
+    known = ", ".join(map("{{{}}}".format, words))
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        strange = next((name for name in fields if name not in words), None)
+        if strange is not None:
+            raise ValueError(f"there is no {{{strange}}}")
+        name = template.format(**words)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(f"--name {template!r} cannot be filled in: {error}", hint=f"use {known}") from error
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise UsageError(f"--name makes the file name {name!r}", hint="leave slashes and leading dots out; folders go into --out")
+    if len(name.encode()) > LONGEST_NAME:
+        raise UsageError(f"--name makes a file name of {len(name.encode())} bytes", hint=f"keep it below {LONGEST_NAME}")
+    return name
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,12 +25,12 @@ from .catalog import modality as find_modality
 from .catalog import model as find_model
 from .errors import Rejected, UsageError
 from .events import Event, Note, OnEvent, Saved, Stage, Step, ignore
-from .files import refuse_overwriting, write_atomic
+from .files import refuse_overwriting, require_folder, write_atomic
 from .geometry import Geometry
 from .plugins import plugins
 from .preview import preview
 from .seeds import derive, fresh
-from .settings import Resolved, parse_shard, resolve
+from .settings import Resolved, parse_shard, require_weights, resolve, sample_id
 from .volumes import AIR_HU, Mask, Sample, Volume, crop
 
 if TYPE_CHECKING:
@@ -72,9 +71,11 @@ def generate(settings: Resolved | None = None, *, on_event: OnEvent = ignore, **
     """
     resolved = settings if settings is not None else resolve(values)
     if resolved.settings.seed is None:
-        resolved = _with_seed(resolved, fresh())
+        resolved = _with_seed(resolved)
     run = _Run(resolved, on_event)
     todo = run.jobs()
+    if todo:
+        run.require()
     executor: Callable[[Iterable[Job], Make, OnEvent], Iterator[Sample]] = plugins().registry("executors").get(run.settings.executor)
     return _finish(run, executor(todo, run.make, run.tell), len(todo))
 
@@ -108,14 +109,25 @@ class _Run:
         self.spec: ModelSpec = find_model(self.settings.model)
         self.out = Path(self.settings.out)
         self.parts = self.spec.parts_for(self.settings.mode)
-        self.files = weights.locate(self.spec, self.parts)
         self.source = masks.source_name(self.settings) if self.settings.mode != "image" else None
         self.own_mask = self._own_mask()
         self.plan = planning.plan(resolved, geometry=self.own_mask.geometry if self.own_mask else None)
-        planning.require_fit(self.plan)
-        for note in (*resolved.notes, *self.plan.warnings):
-            self.tell(Note(text=note))
+        self.device = str(self.plan.choice("device")) if self.parts else "cpu"
+        self.files: dict[str, Path] = {}
         self._networks: networks.Networks | None = None
+
+    def require(self) -> None:
+        """Refuse what this machine cannot do, and tell the choices that were made for the user."""
+        require_folder(self.out)
+        require_weights(self.spec, self.settings.mode)
+        self.files = weights.locate(self.spec, self.parts)
+        if self.parts:
+            planning.require_fit(self.plan)
+            self.device = str(networks.device_named(self.device))
+        for note in (*self.resolved.notes, *self.plan.warnings):
+            self.tell(Note(text=note))
+        if not self.parts and self.plan.choice("device") != "cpu":
+            self.tell(Note(text="mode mask runs no network: it uses the processor, not the GPU"))
 
     def tell(self, event: Event) -> None:
         """Pass an event on to the caller and to plugins that listen."""
@@ -131,7 +143,7 @@ class _Run:
         for index in range(settings.count):
             if index % shares != share - 1:
                 continue
-            job = Job(index=index, seed=settings.seed, id=self._id(index))
+            job = Job(index=index, seed=settings.seed, id=sample_id(settings, self.spec, index))
             if settings.resume and self._complete(job):
                 self.tell(Note(text=f"{job.id} is complete"))
                 continue
@@ -153,6 +165,8 @@ class _Run:
             failed = "; ".join(finding.text for finding in made.verdict.failures())
             last = attempt + 1 == tries
             self.tell(Note(text=f"{job.id} failed the check: {failed}" + ("" if last else "; trying again"), level="warning"))
+        if settings.keep_latent:
+            (self.out / f"{job.id}_latent.npy").unlink(missing_ok=True)
         return None
 
     # --- one attempt ------------------------------------------------------------------------
@@ -172,7 +186,7 @@ class _Run:
             latent = self._denoise(nets, inner, fitted, seed)
         if settings.keep_latent:
             write_atomic(self.out / f"{job.id}_latent.npy", _npy(latent))
-        with clock("decode"):
+        with clock("decode"), torch.inference_mode():
             self.tell(Stage(name="decode", detail=str(self.plan.choice("decoder")), sample=job.index))
             intensity = decoding.decode(
                 nets, latent, decoder=self.plan.choice("decoder"), window=self.plan.choice("window"),
@@ -197,14 +211,7 @@ class _Run:
 
     def _own_mask(self) -> Mask | None:
         """Read the user's mask once, before anything else is done."""
-        if self.source != "file":
-            return None
-        read = plugins().registry("mask_sources").get("file")
-        mask: Mask = read(self.settings, None, 0, on_event=self.tell)
-        missing = [name for name in self.settings.anatomy if masks.maisi().id(name) not in mask.ids()]
-        if missing:
-            raise UsageError(f"{self.settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
-        return mask
+        return masks.own(self.settings, on_event=self.tell) if self.source == "file" else None
 
     def _denoise(self, nets: networks.Networks, grid: Geometry, fitted: masks.Conditioned | None, seed: int) -> torch.Tensor:
         settings, spec = self.settings, self.spec
@@ -238,30 +245,13 @@ class _Run:
 
     def _load(self) -> networks.Networks:
         if self._networks is None:
-            device = networks.device_named(str(self.plan.choice("device")))
+            device = networks.device_named(self.device)
             precision = networks.Precision.named(str(self.plan.choice("dtype")), device)
             self.tell(Stage(name="load", detail=f"{self.spec.name} on {device}"))
             self._networks = networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files)
         return self._networks
 
     # --- files ----------------------------------------------------------------------------
-
-    def _id(self, index: int) -> str:
-        settings = self.settings
-        stem = settings.preset if settings.mask is None else Path(settings.mask).name.split(".nii")[0]
-        values = {"stem": Path(stem).stem if stem.endswith(".toml") else stem, "preset": Path(settings.preset).stem, "index": index,
-                  "seed": settings.seed, "model": self.spec.name, "mode": settings.mode}  # fmt: skip
-        try:
-            name = settings.name.format(**values)
-        except (KeyError, IndexError, ValueError) as error:
-            raise UsageError(
-                f"--name {settings.name!r} cannot be filled in: {error}", hint=f"use {', '.join(map('{{{}}}'.format, values))}"
-            ) from error
-        if not name or "/" in name or "\\" in name or name.startswith("."):
-            raise UsageError(f"--name makes the file name {name!r}", hint="leave slashes and leading dots out; folders go into --out")
-        if settings.count > 1 and "{index" not in settings.name:
-            raise UsageError(f"--name {settings.name!r} gives all {settings.count} samples one name", hint="put {index} into it")
-        return name
 
     def _outputs(self, job: Job) -> list[Path]:
         """Return the files that a sample will have and that must not exist before."""
@@ -321,7 +311,7 @@ class _Run:
             mask = {"source": self.source, "ids": list(made.mask.ids())}
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
-        device = {"name": str(self.plan.choice("device")), "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
+        device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
         if device["name"].startswith("cuda"):
             device["gpu"] = torch.cuda.get_device_name()
         return record.build(
@@ -339,16 +329,22 @@ def sample_json(sample: Sample) -> dict[str, Any]:
     timing = sample.record["timing"]
     return {
         "schema": "maisi.sample/1", "id": sample.id, "index": sample.index, "seed": sample.seed, "model": sample.record["model"]["name"],
-        **{kind: str(sample.paths[kind]) if kind in sample.paths else None for kind in ("image", "label", "record")},
-        "preview": str(sample.paths["preview"]) if "preview" in sample.paths else None,
+        **dict.fromkeys(("image", "label", "record", "preview", "latent")), **{kind: str(path) for kind, path in sample.paths.items()},
         "qc": sample.verdict.as_dict() if sample.verdict else None, "seconds": timing["seconds"], "peak_gib": timing["peak_gib"],
     }  # fmt: skip
 
 
-def peak_gib(device: str) -> float:
-    """Return the peak memory so far in GiB: what torch allocated on a CUDA device, else this process's resident set."""
+def peak_gib(device: str) -> float | None:
+    """Return the peak memory so far in GiB: what torch allocated on a CUDA device, else this process's resident set.
+
+    None on Windows, which does not tell.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -386,10 +382,18 @@ def _values(resolved: Resolved) -> dict[str, Any]:
     return {key: getattr(resolved.settings, key) for key in resolved.origins}
 
 
-def _with_seed(resolved: Resolved, seed: int) -> Resolved:
+def _with_seed(resolved: Resolved) -> Resolved:
+    """Return the settings with a seed: that of the run which is resumed, or a fresh one."""
     from .settings import Setting
 
-    origins = {**resolved.origins, "seed": Setting(value=seed, origin="drawn")}
+    seed, origin = fresh(), "drawn"
+    if resolved.settings.resume:
+        found = {int(record.read(path)["seed"]) for path in sorted(Path(resolved.settings.out).glob("*_record.json"))}
+        if len(found) > 1:
+            raise UsageError(f"{resolved.settings.out} holds samples of {len(found)} runs", hint="name the one to resume with --seed S")
+        if found:
+            seed, origin = found.pop(), "record"
+    origins = {**resolved.origins, "seed": Setting(value=seed, origin=origin)}
     return dataclasses.replace(resolved, settings=dataclasses.replace(resolved.settings, seed=seed), origins=origins)
 
 

@@ -6,6 +6,7 @@ Commands import the engine when they run, so that `maisi --help` costs no more t
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .. import __version__
-from ..errors import MaisiError
+from ..errors import CannotRun, MaisiError, nearest
 from . import output
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
@@ -69,10 +70,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     output.set_mode()
     try:
-        app = build(rich_help=bool(words) and not words[0].startswith("-") and output.on_terminal())
-        _report_plugins()
-        code = typer.main.get_command(app).main(args=words, prog_name="maisi", standalone_mode=False)
-        return int(code or 0)
+        rich_help = bool(words) and not words[0].startswith("-") and output.on_terminal()
+        command = typer.main.get_command(build(rich_help=rich_help))
+        if rich_help:
+            _keep_brackets(command)
+        if not {"-q", "--quiet"} & set(words):
+            _report_plugins()
+        code = int(command.main(args=words, prog_name="maisi", standalone_mode=False) or 0)
+        return _interrupted() if code == INTERRUPTED else code  # Typer makes this code of Ctrl-C
     except MaisiError as error:
         if os.environ.get("MAISI_DEBUG") == "1":
             raise
@@ -84,8 +89,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _discard_stdout()  # Typer leaves by SystemExit(1) when stdout is closed
         return PIPE_CLOSED
     except (KeyboardInterrupt, typer.Abort):
-        output.fail("interrupted; finished files are complete, unfinished ones were removed")
-        return INTERRUPTED
+        return _interrupted()
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             output.say(error.format_message())  # type: ignore[attr-defined]
@@ -95,18 +99,45 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return 2
         if os.environ.get("MAISI_DEBUG") == "1":
             raise
-        output.fail(f"a bug in maisi: {type(error).__name__}: {error}", "see the traceback with MAISI_DEBUG=1, and report it")
+        what = (str(error).splitlines() or [""])[0]
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+            output.fail(
+                f"out of memory{f': {what}' if what else ''}", "see  maisi gpu-plan --help; use a smaller --size, or --decoder window"
+            )
+            return CannotRun.exit_code
+        output.fail(f"a bug in maisi: {type(error).__name__}: {what}", "see the traceback with MAISI_DEBUG=1, and report it")
         return BUG
 
 
+def _interrupted() -> int:
+    output.fail("interrupted; finished files are complete, unfinished ones were removed")
+    return INTERRUPTED
+
+
 def _one_line(error: Any) -> str:
+    if hasattr(error, "possibilities"):  # Typer's guesses at an option are looser than ours
+        return f"no such option: {error.option_name}"
     text = " ".join(str(error.format_message()).split())
     return (text[:1].lower() + text[1:]).rstrip(".")
 
 
 def _usage_hint(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    return f"see  {context.command_path if context else 'maisi'} --help"
+    see = f"see  {context.command_path if context else 'maisi'} --help"
+    if context is None or not hasattr(error, "possibilities"):
+        return see
+    known = {name.lstrip("-"): name for each in context.command.params for name in each.opts if name.startswith("--")}
+    close = [known[name] for name in nearest(error.option_name.lstrip("-"), known, at_most=2)]
+    return f"did you mean {' or '.join(close)}? {see}" if close else see
+
+
+def _keep_brackets(command: Any) -> None:
+    """Keep `[default: x]` in the help of options, which rich would take for markup."""
+    for each in command.params:
+        if getattr(each, "help", None):
+            each.help = re.sub(r"\[(?=[a-z])", r"\\[", each.help)
+    for each in getattr(command, "commands", {}).values():
+        _keep_brackets(each)
 
 
 def _report_plugins() -> None:

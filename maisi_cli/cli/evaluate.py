@@ -23,20 +23,24 @@ def qc(
     as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Check image and label pairs: HU, organs, labels. Exit code 1 when one fails."""
+    from ..catalog import modality as find_modality
     from ..errors import UsageError
     from ..quality import check
     from ..volumes import read_image
 
     if compat not in (None, "reference"):
         raise UsageError(f"--compat {compat!r} is not known", hint="use --compat reference")
+    kind = find_modality(modality).name
     required = [name for name in (anatomy or "").split(",") if name.strip()]
     cases = []
     for name, image, label in _pairs(paths):
         mask = _mask(label, labels) if label else None
-        verdict = check(read_image(image, modality=modality), mask, required=required, compat=compat == "reference")
+        verdict = check(read_image(image, modality=kind), mask, required=required, compat=compat == "reference")
         cases.append({"id": name, **verdict.as_dict()})
         if not as_json:
             _show(name, verdict)
+            if mask is None:
+                output.say(f"{name}: no label map beside it, so only its values were checked")
     passed = all(case["passed"] for case in cases)
     if as_json:
         output.json_out({"schema": "maisi.qc/1", "cases": cases, "passed": passed})

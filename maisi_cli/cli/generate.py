@@ -82,7 +82,7 @@ def generate(
     }  # fmt: skip
     from .. import settings
 
-    resolved = settings.resolve(flags, assignments=set_ or [], config=_recorded(config, flags))
+    resolved = settings.resolve(flags, assignments=set_ or [], config=None if config is None else _recorded(config, flags))
     if dry_run:
         raise typer.Exit(_dry_run(resolved, as_json=as_json))
     with output.events() as on_event:
@@ -92,45 +92,46 @@ def generate(
             if as_json:
                 output.json_out(synthesis.sample_json(sample))
             else:
-                for kind in ("image", "label", "preview", "record"):
-                    if kind in sample.paths:
-                        output.data(str(sample.paths[kind]))
+                for path in sample.paths.values():
+                    output.data(str(path))
 
 
-def _recorded(config: Path | None, flags: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the settings of a record; what depends on the place it ran at is not taken over."""
-    if config is None:
-        return None
+def _recorded(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a record.
+
+    Not taken over is what depends on the place it ran at, the volume where another one is asked for, and what came from
+    a preset or model where another one is named.
+    """
     from .. import record
 
-    found = record.settings_of(record.read(config))
-    for key in ("out", "force", "resume", "shard"):
-        found.pop(key, None)
-    if any(flags[key] is not None for key in ("size", "spacing", "fov")):
-        for key in ("size", "spacing", "fov"):
-            found.pop(key, None)
-    return found
+    made = record.read(config)
+    found = record.settings_of(made)
+    left_out = {"out", "force", "resume", "shard"}
+    if any(flags[key] is not None for key in ("size", "spacing", "fov", "mask")):
+        left_out |= {"size", "spacing", "fov"}
+    if flags["mask"] is not None:
+        left_out |= {"regions", "mask_source"}
+    if any(flags[key] is not None for key in ("preset", "model", "gpu")):
+        given = ("command line", "--set", "environment", "maisi.toml", "user config", "drawn", "record")
+        left_out |= {key for key, entry in made["settings"].items() if entry.get("origin") not in given}
+    return {key: value for key, value in found.items() if key not in left_out}
 
 
 def _dry_run(resolved: Any, *, as_json: bool) -> int:
     from .. import catalog, planning, settings
-    from ..errors import CannotRun, UsageError
+    from ..errors import CannotRun
     from ..geometry import format_triple
 
     chosen = resolved.settings
     geometry = None
     if chosen.mask is not None:
-        from ..volumes import read_mask
+        from .. import masks
 
-        if not Path(chosen.mask).is_file():
-            raise UsageError(f"the mask {chosen.mask} does not exist", hint="check the path")
-        geometry = read_mask(chosen.mask).geometry
+        geometry = masks.own(chosen).geometry
     plan = planning.plan(resolved, geometry=geometry)
     problem: CannotRun | None = None
     try:
-        spec = catalog.model(chosen.model)
-        if not spec.installed(chosen.mode):
-            settings.raise_missing(spec)
+        settings.require_weights(catalog.model(chosen.model), chosen.mode)
         planning.require_fit(plan)
     except CannotRun as error:
         problem = error

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..events import Event, Note
 from . import output
 from .options import Force, Json, Quiet, Verbose, examples
 
@@ -68,13 +69,27 @@ def _train(
     kind: str, data: Path, out: Path, preset: str | None, files: dict[str, Path | None], set_: list[str] | None,
     resume: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
+    from ..errors import UsageError
+    from ..files import require_folder
     from ..settings import parse_assignments
 
-    overrides = {**parse_assignments(set_ or []), **{key: str(value) for key, value in files.items() if value is not None}}
+    for key, value in files.items():
+        if value is not None and not value.is_file():
+            raise UsageError(f"--{key} {value} is not a file", hint="give the path of a .safetensors file")
+    require_folder(out)
+    overrides = {**parse_assignments(set_ or [], ("train",)), **{key: str(value) for key, value in files.items() if value is not None}}
+    stopped: list[Event] = []
     with output.events() as on_event:
         from .. import train
 
-        weights = train.train(kind, data=data, out=out, preset=preset, overrides=overrides, resume=resume, force=force, on_event=on_event)
+        def listen(event: Event) -> None:
+            if isinstance(event, Note) and event.text.startswith("stopped at step"):
+                stopped.append(event)
+            on_event(event)
+
+        weights = train.train(kind, data=data, out=out, preset=preset, overrides=overrides, resume=resume, force=force, on_event=listen)
+    if stopped:  # the state is saved; the run is not done
+        raise KeyboardInterrupt
     if as_json:
         output.json_out({"schema": "maisi.train/1", "kind": kind, "weights": str(weights), "log": str(out / "log.jsonl")})
     else:
@@ -94,8 +109,10 @@ def phantom(
 ) -> None:  # fmt: skip
     """Make procedural CT volumes with label maps, and the list that training reads; every tenth case is held out."""
     with output.events() as on_event:
+        from ..files import require_folder
         from ..train.data import make_phantoms
 
+        require_folder(out)
         made = make_phantoms(out, count, seed=seed, size=size, force=force, on_event=on_event)
     _answer(made, as_json)
 
@@ -117,8 +134,13 @@ def encode(
 ) -> None:  # fmt: skip
     """Encode images to latents (the posterior's mean), which `train dm` and `train controlnet` read."""
     with output.events() as on_event:
+        from ..errors import UsageError
+        from ..files import require_folder
         from ..train.data import encode as encode_list
 
+        require_folder(out)
+        if vae_file is not None and not vae_file.is_file():
+            raise UsageError(f"--vae {vae_file} is not a file", hint="give the path of a .safetensors file")
         made = encode_list(data, out=out, model=model, vae=vae_file, device=device, force=force, on_event=on_event)
     _answer(made, as_json)
 

@@ -6,8 +6,13 @@ paths relative to the list's folder; entries of fold 0 are held out for validati
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,37 +86,53 @@ def write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, json.dumps({"training": list(rows)}, indent=1).encode())
 
 
-def make_phantoms(out: str | Path, count: int, *, seed: int = 0, force: bool = False, size: int = 128, on_event: OnEvent = ignore) -> Path:
+def make_phantoms(
+    out: str | Path, count: int, *, seed: int = 0, force: bool = False, size: int = 128, workers: int = 0, on_event: OnEvent = ignore
+) -> Path:  # fmt: skip
     """Write `count` procedural cases (image, label) and their list; every tenth is held out (fold 0).
 
-    Case k depends on (seed, k) alone. Sizes up to `size` voxels per axis, at 2.5 to 4 mm. Returns the list's path.
+    Case k depends on (seed, k) alone, whatever the number of `workers` (processes; 0: one per core). Sizes up to `size`
+    voxels per axis, at 2.5 to 4 mm. Returns the list's path.
     """
-    from ..phantom import body, render
-
     out = Path(out)
     refuse_overwriting(out / LIST_NAME, force=force)
     on_event(Stage(name="phantom", detail=f"{count} cases"))
+    workers = min(count, workers or os.cpu_count() or 1)
+    case = functools.partial(_phantom_case, out, seed, size, force)
     rows = []
-    for index in range(count):
-        rng = np.random.default_rng([seed, index])
-        view = int(rng.choice(len(_VIEWS), p=[share for *_, share in _VIEWS]))
-        regions, (low, high), _ = _VIEWS[view]
-        fov_z, fov_xy = rng.uniform(low, high), rng.uniform(340, 430)
-        voxels_z = int(rng.choice([size, size * 3 // 4 // 16 * 16, size // 2], p=(0.6, 0.25, 0.15)))
-        geometry = Geometry(size=(size, size, voxels_z), spacing=(fov_xy / size, fov_xy / size, fov_z / voxels_z))
-        case_seed = int(rng.integers(2**31))
-        mask = body(geometry, case_seed, regions=regions)
-        image = render(mask, case_seed)
-        name = f"phantom{index:04d}"
-        write_image(image, out / f"{name}_image.nii.gz", force=force)
-        write_mask(mask, out / f"{name}_label.nii.gz", force=force)
-        rows.append({"id": name, "image": f"{name}_image.nii.gz", "label": f"{name}_label.nii.gz",
-                     "dim": list(geometry.size), "spacing": [round(s, 5) for s in geometry.spacing], "modality": "ct",
-                     "fold": HELD_OUT if index % 10 == 9 else 1, "seed": case_seed})  # fmt: skip
-        on_event(Step(stage="phantom", done=index + 1, total=count))
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            made = pool.map(case, range(count))
+        else:
+            made = map(case, range(count))
+        for row in made:
+            rows.append(row)
+            on_event(Step(stage="phantom", done=len(rows), total=count))
     write_list(out / LIST_NAME, rows)
     on_event(Saved(path=out / LIST_NAME, kind="list"))
     return out / LIST_NAME
+
+
+def _phantom_case(out: Path, seed: int, size: int, force: bool, index: int) -> dict[str, Any]:
+    from ..phantom import body, render
+
+    rng = np.random.default_rng([seed, index])
+    view = int(rng.choice(len(_VIEWS), p=[share for *_, share in _VIEWS]))
+    regions, (low, high), _ = _VIEWS[view]
+    fov_z, fov_xy = rng.uniform(low, high), rng.uniform(340, 430)
+    voxels_z = int(rng.choice([size, size * 3 // 4 // 16 * 16, size // 2], p=(0.6, 0.25, 0.15)))
+    geometry = Geometry(size=(size, size, voxels_z), spacing=(fov_xy / size, fov_xy / size, fov_z / voxels_z))
+    case_seed = int(rng.integers(2**31))
+    mask = body(geometry, case_seed, regions=regions)
+    image = render(mask, case_seed)
+    name = f"phantom{index:04d}"
+    write_image(image, out / f"{name}_image.nii.gz", force=force)
+    write_mask(mask, out / f"{name}_label.nii.gz", force=force)
+    return {"id": name, "image": f"{name}_image.nii.gz", "label": f"{name}_label.nii.gz",
+            "dim": list(geometry.size), "spacing": [round(s, 5) for s in geometry.spacing], "modality": "ct",
+            "fold": HELD_OUT if index % 10 == 9 else 1, "seed": case_seed}  # fmt: skip
 
 
 def intensity(hu: NDArray[Any]) -> NDArray[np.float32]:
