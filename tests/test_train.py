@@ -25,7 +25,7 @@ from maisi_cli.errors import MaisiError, UsageError
 from maisi_cli.events import Event, Saved, Step
 from maisi_cli.networks import build
 from maisi_cli.train import TrainSettings, diffusion, losses, settings_from, train
-from maisi_cli.train.controlnet import ControlNetTask, copy_matching
+from maisi_cli.train.controlnet import ControlNetTask, add_residuals_out_of_place, copy_matching
 from maisi_cli.train.data import Case, encode, intensity, make_phantoms, read_list, split
 from maisi_cli.train.diffusion import DiffusionTask, Encoded, draw_times, mix, scale_factor
 from maisi_cli.train.loop import _average, _rate
@@ -119,10 +119,11 @@ def overrides(root: Path, kind: str, **changes: Any) -> dict[str, Any]:
     table: dict[str, Any] = {
         "model": str(root / "tiny.toml"), "steps": 4, "max_minutes": None, "device": "cpu", "warmup_steps": 2,
         "lr": 1e-3, "crops": ((16, 16, 16),) if kind == "vae" else ((4, 4, 4),), "validate_every": 1000,
-        "save_every": 1000,
+        "save_every": 1000, "precision": "no",
     }  # fmt: skip
     if kind == "controlnet":
         table["unet"] = str(root / "third" / "unet.safetensors")
+        table["train_unet"] = False
     return {**table, **changes}
 
 
@@ -150,13 +151,13 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resuming_is_bit_equal(folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("controlnet", {"train_unet": True, "label_dropout": 0.5})])
+def test_resuming_is_bit_equal(folder: Path, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(folder, kind, whole)
-    run(folder, kind, parts, on_event=Interrupt(2))
+    run(folder, kind, whole, **changes)
+    run(folder, kind, parts, on_event=Interrupt(2), **changes)
     assert torch.load(parts / "state.pt", weights_only=True)["step"] == 2
-    run(folder, kind, parts, resume="auto")
+    run(folder, kind, parts, resume="auto", **changes)
     one, two = (torch.load(out / "state.pt", weights_only=True) for out in (whole, parts))
     assert one["step"] == two["step"] == 4
     for key in ("model", "average"):
@@ -632,6 +633,7 @@ def test_controlnet_starts_as_the_diffusion_model(folder: Path) -> None:
     with torch.no_grad():
         steered = task.predict(task.network.eval(), x, times, batch)
         alone = DiffusionTask.predict(task, task.unet, x, times, batch)
+        assert torch.equal(alone, task.predict(task.network, x, times, {key: value for key, value in batch.items() if key != "labels"}))
     assert torch.allclose(steered, alone, atol=1e-6)  # its last layers are zero: no effect before training
 
 
@@ -651,6 +653,46 @@ def test_only_the_controlnet_learns(folder: Path) -> None:
         made = task.predict(task.network.eval(), x, times, batch)
         other = task.predict(task.network, x, times, {**batch, "labels": torch.zeros_like(batch["labels"])})
     assert float((made - other).abs().max()) > 1e-4  # now the mask matters
+
+
+def test_residuals_are_added_to_copies_with_equal_numbers(folder: Path) -> None:
+    task = controlnet_task(folder)
+    torch.manual_seed(0)
+    for parameter in task.controlnet.parameters():  # off the zeros that it starts with
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    batch = task.batch(np.random.default_rng(0))
+    x, times = torch.randn(batch["latent"].shape), torch.tensor([400.0])
+    with torch.no_grad():
+        in_place = task.predict(task.network.eval(), x, times, batch)
+        add_residuals_out_of_place(task.unet)
+        made = task.predict(task.network, x, times, batch)
+    assert torch.equal(made, in_place)
+
+
+def test_the_diffusion_model_learns_along_where_asked(folder: Path, tmp_path: Path) -> None:
+    source = folder / "third" / "unet.safetensors"
+    before = source.read_bytes()
+    weights = run(folder, "controlnet", tmp_path / "run", train_unet=True, label_dropout=0.0, lr=1e-2)
+    assert weights.name == "controlnet.safetensors"
+    assert source.read_bytes() == before
+    spec = find_model(str(folder / "tiny.toml"))
+    for part in ("controlnet", "unet"):
+        with safe_open(tmp_path / "run" / f"{part}.safetensors", framework="pt") as file:
+            assert file.metadata()["part"] == part
+            build(spec.networks[part]).load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
+    with safe_open(source, framework="pt") as old, safe_open(tmp_path / "run" / "unet.safetensors", framework="pt") as new:
+        assert new.metadata()["scale_factor"] == old.metadata()["scale_factor"]
+        assert not torch.equal(new.get_tensor("out.2.conv.weight"), old.get_tensor("out.2.conv.weight"))
+
+
+def test_without_labels_the_controlnet_is_left_out(folder: Path) -> None:
+    task = controlnet_task(folder, train_unet=True, label_dropout=1.0)
+    batch = task.batch(np.random.default_rng(0))
+    assert "labels" not in batch
+    loss, _ = task.loss(task.network, batch)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in task.controlnet.parameters())
+    assert any(parameter.grad is not None for parameter in task.unet.parameters())
 
 
 def test_controlnet_learns_one_batch_by_heart(folder: Path) -> None:

@@ -46,6 +46,8 @@ class TrainSettings:
     window_weight: float = 0.0
     edge_weight: float = 0.0
     modality_dropout: float = 0.1
+    train_unet: bool = False
+    label_dropout: float = 0.1
     timesteps: str = "uniform"
     validate_every: int = 250
     save_every: int = 250

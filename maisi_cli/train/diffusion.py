@@ -139,9 +139,18 @@ class DiffusionTask:
         means = {f"t{int(time)}": float(np.mean(values)) for time, values in losses.items()}
         return {"score": float(np.mean(list(means.values()))), **means}
 
-    def metadata(self) -> dict[str, str]:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks that are written."""
+        return (self.name,)
+
+    def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of each part by their names in it."""
+        return {self.name: dict(tensors)}
+
+    def metadata(self, part: str) -> dict[str, str]:
         """Name the part and its latent scale."""
-        return {"part": self.name, "scale_factor": repr(self.scale)}
+        return {"part": part, "scale_factor": repr(self.scale)}
 
 
 def task(settings: TrainSettings, data: Path) -> DiffusionTask:

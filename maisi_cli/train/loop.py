@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,10 +31,14 @@ _STATE_KEYS = ("schema", "settings", "step", "elapsed_s", "model", "average", "o
 
 
 class Task(Protocol):
-    """What is trained: one network, batches for it, its loss and its validation."""
+    """What is trained: a network, batches for it, its loss and its validation."""
 
     name: str
     network: nn.Module
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks that are written; the one that the training is about comes first."""
 
     def to(self, device: torch.device) -> None:
         """Move frozen helpers to the device."""
@@ -48,20 +52,23 @@ class Task(Protocol):
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Return figures on held-out data with fixed noise; `score` is the one to minimise."""
 
-    def metadata(self) -> dict[str, str]:
-        """Return what to store beside the exported weights."""
+    def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of `network` by part: what goes into `<part>.safetensors`."""
+
+    def metadata(self, part: str) -> dict[str, str]:
+        """Return what to store beside the exported weights of a part."""
 
 
 def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, force: bool, on_event: OnEvent) -> Path:
     """Train until the settings' end; returns the exported safetensors of the averaged weights, best by validation.
 
-    `out` gets `state.pt` (everything that resuming needs), `log.jsonl` and `<name>.safetensors`. Two runs of N and M
+    `out` gets `state.pt` (everything that resuming needs), `log.jsonl` and `<part>.safetensors` of each part. Two runs of N and M
     steps, the second resumed, give bit-equal weights to one of N + M on a CPU. SIGTERM and Ctrl-C save the state first.
     Raises `UsageError` when `resume` finds parts missing or other settings, and `MaisiError` when the loss is not finite.
     """
     accelerator = Accelerator(mixed_precision=settings.precision, cpu=_device(settings) == "cpu")
     device = accelerator.device
-    state_file = _state_file(out, task.name, resume, force=force)
+    state_file = _state_file(out, task.parts, resume, force=force)
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     network = task.network.to(device)
@@ -75,7 +82,7 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
         on_event(Note(text=f"resumed {task.name} at step {step} from {state_file}"))
     on_event(Stage(name=f"train {task.name}", detail=f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters on {device}"))
     started = time.monotonic()
-    weights = out / f"{task.name}.safetensors"
+    weights = _weights(out, task.parts)
 
     def save() -> None:
         content = {
@@ -113,16 +120,17 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
             _log(out, {"step": step, "seconds": round(elapsed, 1), "lr": rate, "norm": float(norm) if norm is not None else 0.0, **shown})
             on_event(Step(stage=f"train {task.name}", done=step, total=settings.steps, values=shown))
             if step % settings.validate_every == 0:
-                best = _validate(task, network, average, out, weights, step, best, on_event)
+                best = _validate(task, network, average, out, step, best, on_event)
             if step % settings.save_every == 0:
                 save()
     save()  # first: whoever stops a run may not wait for its validation
-    best = _validate(task, network, average, out, weights, step, best, on_event)
+    best = _validate(task, network, average, out, step, best, on_event)
     save()
     if stop:
         on_event(Note(text=f"stopped at step {step}; continue with --resume auto", level="warning"))
-    on_event(Saved(path=weights, kind="weights"))
-    return weights
+    for path in weights:
+        on_event(Saved(path=path, kind="weights"))
+    return weights[0]
 
 
 def _device(settings: TrainSettings) -> str:
@@ -146,9 +154,7 @@ def _average(average: dict[str, Tensor], network: nn.Module, decay: float) -> No
                 average[key].copy_(value)
 
 
-def _validate(
-    task: Task, network: nn.Module, average: dict[str, Tensor], out: Path, weights: Path, step: int, best: float, on_event: OnEvent
-) -> float:
+def _validate(task: Task, network: nn.Module, average: dict[str, Tensor], out: Path, step: int, best: float, on_event: OnEvent) -> float:
     """Validate the averaged weights with torch's generator untouched, and export them when they are the best so far."""
     kept = {key: value.detach().clone() for key, value in network.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -160,19 +166,24 @@ def _validate(
     torch.set_rng_state(random_state)
     _log(out, {"step": step, **{f"val_{key}": value for key, value in figures.items()}})
     on_event(Note(text=f"{task.name} step {step}: " + ", ".join(f"{key} {value:.5g}" for key, value in figures.items())))
-    if figures["score"] < best or not weights.exists():
-        metadata = {"step": str(step), "score": f"{figures['score']:.6g}", **task.metadata()}
-        save_state(weights, average, metadata=metadata)
+    if figures["score"] < best or not all(path.exists() for path in _weights(out, task.parts)):
+        for part, tensors in task.exports(average).items():
+            metadata = {"step": str(step), "score": f"{figures['score']:.6g}", **task.metadata(part)}
+            save_state(out / f"{part}.safetensors", tensors, metadata=metadata)
         return figures["score"]
     return best
 
 
-def _state_file(out: Path, name: str, resume: str | None, *, force: bool) -> Path | None:
-    state, weights = out / STATE, out / f"{name}.safetensors"
+def _weights(out: Path, parts: Sequence[str]) -> list[Path]:
+    return [out / f"{part}.safetensors" for part in parts]
+
+
+def _state_file(out: Path, parts: Sequence[str], resume: str | None, *, force: bool) -> Path | None:
+    state, weights = out / STATE, _weights(out, parts)
     if resume is None:
-        for old in (state, weights):
+        for old in (state, *weights):
             refuse_overwriting(old, force=force)
-        for old in (state, weights, out / LOG):
+        for old in (state, *weights, out / LOG):
             old.unlink(missing_ok=True)
         return None
     if resume == "auto":

@@ -26,6 +26,7 @@ class VaeTask:
     """Reconstruction (L1 or L2) + KL, with an L1 in the soft-tissue window and one on edges (reference.md 5.1)."""
 
     name = "vae"
+    parts = ("vae",)
 
     def __init__(self, settings: TrainSettings, data: Path) -> None:
         self.settings = settings
@@ -91,9 +92,13 @@ class VaeTask:
         return {"score": float(np.mean(soft)) - psnr, "psnr_db": psnr, "soft_mae_hu": float(np.mean(soft)),
                 "inverse_std": 1 / float(np.mean(spread))}  # fmt: skip
 
-    def metadata(self) -> dict[str, str]:
+    def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of the one part."""
+        return {"vae": dict(tensors)}
+
+    def metadata(self, part: str) -> dict[str, str]:
         """Name the part."""
-        return {"part": "vae"}
+        return {"part": part}
 
 
 _ANCHOR = 16.0  # far above the signal, which is of the order of one
