@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .catalog import ModelSpec, NetworkSpec
 from .errors import CannotRun, UsageError
+from .planning import default_dtype
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,9 +39,12 @@ class Precision:
 
     @classmethod
     def named(cls, name: str, device: torch.device) -> Precision:
-        """Return `fp32`, `bf16`, `fp16`, or for `auto` what suits the device: fp16 on CUDA, fp32 on a CPU."""
+        """Return `fp32`, `bf16`, `fp16`, or for `auto` what suits the device.
+
+        That is fp16 on CUDA, bf16 on a CPU with instructions for it (AVX512-BF16 or AMX), fp32 elsewhere.
+        """
         if name == "auto":
-            name = "fp16" if device.type == "cuda" else "fp32"
+            name = default_dtype(device.type)
         known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
         if name not in known:
             raise UsageError(f"there is no precision {name!r}", hint="use --dtype auto, fp32, bf16 or fp16")
@@ -87,6 +91,8 @@ def build(spec: NetworkSpec, *, fast: bool = True) -> nn.Module:
     flash = bool(arguments.get("use_flash_attention", False))
     if "use_flash_attention" in arguments:
         arguments["use_flash_attention"] = False
+    if spec.kind == "unet" and "num_channels" in arguments:
+        arguments["channels"] = arguments.pop("num_channels")  # MONAI's name for it in this class alone
     if spec.kind == "autoencoder_kl_maisi":
         arguments["norm_float16"] = False
         if fast:
@@ -177,6 +183,8 @@ class Networks:
         scale = condition.cfg_modality or condition.cfg_tumor
         if not scale or scale == 1:
             return conditional
+        if condition.cfg_tumor and condition.labels_without_tumor is None:
+            raise UsageError("cfg_tumor needs the mask without its tumour to compare with", hint="set cfg_tumor to 0")
         modality = 0 if condition.cfg_modality or condition.compat else condition.modality
         labels = condition.labels_without_tumor if condition.cfg_tumor else condition.labels
         unconditional = self._branch(condition, modality, labels)
@@ -195,6 +203,9 @@ class Networks:
         extra: dict[str, Tensor] = {}
         if arguments.get("include_spacing_input"):
             extra["spacing_tensor"] = torch.tensor([condition.spacing_mm], device=device) * 100
+            if condition.compat and labels is None:  # the reference's image-only path rounds it to float16
+                exact = torch.tensor([condition.spacing_mm], dtype=torch.float64) * 100
+                extra["spacing_tensor"] = exact.to(torch.float16).to(device=device, dtype=torch.float32)
         for side in ("top", "bottom"):
             if arguments.get(f"include_{side}_region_index_input"):
                 index = condition.top_region if side == "top" else condition.bottom_region
@@ -215,10 +226,11 @@ class Networks:
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             time = t.to(device=device, dtype=torch.float32).reshape(1).expand(x.shape[0])
             with torch.inference_mode(), self.precision(device):
-                inputs = {"x": x, "timesteps": time, **extra}
+                known = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in extra.items()}
+                inputs = {"x": x, "timesteps": time, **known}
                 if context is not None:
                     assert controlnet is not None
-                    names = {"class_labels": extra["class_labels"]} if "class_labels" in extra else {}
+                    names = {"class_labels": known["class_labels"]} if "class_labels" in known else {}
                     with _embedding(controlnet, context):
                         down, middle = controlnet(x=x, timesteps=time, controlnet_cond=context, **names)
                     inputs["down_block_additional_residuals"] = down
@@ -251,7 +263,7 @@ def load(
 ) -> Networks:  # fmt: skip
     """Build and strictly load the named parts (`vae`, `unet`, `controlnet`, ...) from `files`, ready for inference.
 
-    Raises `CannotRun` for missing files and `UsageError` listing keys that are missing or not expected.
+    Raises `UsageError` naming keys that are missing, not expected, or of another shape.
     """
     from .weights import load_state
 
@@ -276,20 +288,31 @@ def load(
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    missing, unexpected = network.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False)
-    unused = [key for key in unexpected if ".attn.out_proj." in key and not hasattr(_owner(network, key), "out_proj")]
-    unexpected = [key for key in unexpected if key not in unused]
-    if missing or unexpected:
-        first: list[Any] = [*(f"missing {key}" for key in missing[:2]), *(f"unexpected {key}" for key in unexpected[:2])]
+    """Fill every tensor of the network; the only keys left over may be those that the ddpm-ct files hold in excess."""
+    wanted = network.state_dict()
+    missing = [key for key in wanted if key not in tensors]
+    unexpected = [key for key in tensors if key not in wanted and not _never_applied(network, key)]
+    reshaped = [key for key in wanted if key in tensors and wanted[key].shape != tensors[key].shape]
+    if missing or unexpected or reshaped:
+        first = [*(f"missing {key}" for key in missing[:2]), *(f"unexpected {key}" for key in unexpected[:2]),
+                 *(f"{key} is {_shape(tensors[key])}, not {_shape(wanted[key])}" for key in reshaped[:2])]  # fmt: skip
         raise UsageError(
-            f"{path} does not fit its network: {len(missing)} keys missing, {len(unexpected)} unexpected ({', '.join(first)})",
+            f"{path} does not fit its network: {len(missing)} keys missing, {len(unexpected)} unexpected, "
+            f"{len(reshaped)} of another shape ({', '.join(first)})",
             hint="check that file and model belong together",
         )
+    network.load_state_dict({key: tensors[key].float() for key in wanted})
 
 
-def _owner(network: nn.Module, key: str) -> Any:
-    """Return the attention block that a key such as `...attn.out_proj.weight` belongs to."""
+def _never_applied(network: nn.Module, key: str) -> bool:
+    """Say whether a key is an attention's output projection that older code stored and never used (MONAI issue 7991)."""
+    if not key.endswith((".attn.out_proj.weight", ".attn.out_proj.bias")):
+        return False
     found: Any = network
     for name in key.split(".")[:-2]:
         found = getattr(found, name, None)
-    return found
+    return getattr(found, "include_fc", True) is False
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .catalog import ModelSpec
@@ -104,6 +106,25 @@ def host_memory_gib() -> float | None:
         return None
 
 
+def default_dtype(device: str) -> str:
+    """Return the precision that suits a kind of device: fp16 on `cuda`, bf16 on a `cpu` with instructions for it, else fp32.
+
+    Those are AVX512-BF16 and AMX-BF16; where the system does not list the processor's flags, fp32.
+    """
+    if device == "cuda":
+        return "fp16"
+    return "bf16" if device == "cpu" and _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
 def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | None = None) -> Plan:
     """Return the plan of one `generate` run; checks the volume against the model first.
 
@@ -137,7 +158,7 @@ def predict(
 ) -> Plan:  # fmt: skip
     """Choose device, precision and decoder, and look the peak up in the measured rows."""
     device = settings.device if settings.device != "auto" else gpu.kind
-    dtype = settings.dtype if settings.dtype != "auto" else ("fp16" if device.startswith("cuda") else "fp32")
+    dtype = settings.dtype if settings.dtype != "auto" else default_dtype(device.split(":")[0])
     sources = {"device": "asked for" if settings.device != "auto" else f"for {gpu.name}",
                "dtype": "asked for" if settings.dtype != "auto" else f"default on {device.split(':')[0]}"}  # fmt: skip
     execution = (Choice(name="device", value=device, reason=sources["device"]), Choice(name="dtype", value=dtype, reason=sources["dtype"]))
