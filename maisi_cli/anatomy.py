@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, unknown
+from .registry import Entry
 
 BODY = 200
 REGIONS = ("head", "chest", "abdomen", "lower")
@@ -49,6 +50,12 @@ class Vocabulary:
     name: str
     labels: tuple[Label, ...]
     aliases: Mapping[str, str]
+    _by_id: Mapping[int, Label] = field(init=False, repr=False, compare=False)
+    _by_name: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_id", {label.id: label for label in self.labels})
+        object.__setattr__(self, "_by_name", {fold(label.name): label.id for label in self.labels})
 
     def id(self, name: str | int) -> int:
         """Return the id of a label; case, hyphens and underscores do not matter, a number is taken as it is.
@@ -56,13 +63,13 @@ class Vocabulary:
         Raises `UsageError` with near matches.
         """
         text = str(name).strip()
-        if text.isdigit():
+        if text.isdecimal():
             if self.get(int(text)) is None:
                 raise UsageError(f"there is no label {text} in the vocabulary {self.name}", hint="see  maisi labels list")
             return int(text)
         wanted = fold(text)
         wanted = fold(self.aliases.get(wanted, wanted))
-        found = _by_name(self).get(wanted)
+        found = self._by_name.get(wanted)
         if found is None:
             raise unknown("label", text, [label.name for label in self.labels if label.group != "dummy"],
                           see="maisi labels list")  # fmt: skip
@@ -70,7 +77,7 @@ class Vocabulary:
 
     def get(self, label_id: int) -> Label | None:
         """Return the label with this id, or None."""
-        return _by_id(self).get(label_id)
+        return self._by_id.get(label_id)
 
     def name_of(self, label_id: int) -> str:
         """Return the name of an id; ids that are not in the vocabulary are called `label N`."""
@@ -86,33 +93,12 @@ class Vocabulary:
         return tuple(label for label in self.labels if label.group == TUMOR_GROUP)
 
     def __contains__(self, label_id: object) -> bool:
-        return label_id in _by_id(self)
+        return label_id in self._by_id
 
 
 def fold(name: str) -> str:
     """Return a name in the form in which names are compared."""
     return re.sub(r"[\s_-]+", " ", name.strip().casefold())
-
-
-_INDEX: dict[int, tuple[dict[int, Label], dict[str, int]]] = {}
-
-
-def _index(vocabulary: Vocabulary) -> tuple[dict[int, Label], dict[str, int]]:
-    key = id(vocabulary.labels)
-    if key not in _INDEX:
-        _INDEX[key] = (
-            {label.id: label for label in vocabulary.labels},
-            {fold(label.name): label.id for label in vocabulary.labels},
-        )
-    return _INDEX[key]
-
-
-def _by_id(vocabulary: Vocabulary) -> dict[int, Label]:
-    return _index(vocabulary)[0]
-
-
-def _by_name(vocabulary: Vocabulary) -> dict[str, int]:
-    return _index(vocabulary)[1]
 
 
 @cache
@@ -129,6 +115,7 @@ def maisi() -> Vocabulary:
     names = {row["name"]: row["id"] for row in data["label"]}
     labels = [_label(row, names, "maisi") for row in data["label"]]
     taken = {label.id: label.name for label in labels}
+    names_taken = {fold(label.name): label for label in labels}
     for entry in plugins().registry("labels"):
         target = entry.target
         if not isinstance(target, Mapping) or "id" not in target:
@@ -140,7 +127,12 @@ def maisi() -> Vocabulary:
         if not (133 <= label.id <= 255) or label.id == BODY:
             raise UsageError(f"label {entry.name!r} of {entry.owner} has id {label.id}",
                              hint="new labels take a free id in 133..199 or 201..255")  # fmt: skip
+        other = names_taken.get(fold(label.name))
+        if other is not None:
+            raise UsageError(f"label {label.name!r} of {entry.owner} has the name of label {other.id} of {other.owner}",
+                             hint="choose another name")  # fmt: skip
         taken[label.id] = label.name
+        names_taken[fold(label.name)] = label
         labels.append(label)
     aliases = {fold(key): value for key, value in data["aliases"].items()}
     return Vocabulary(name="maisi", labels=tuple(sorted(labels, key=lambda label: label.id)), aliases=aliases)
@@ -148,8 +140,12 @@ def maisi() -> Vocabulary:
 
 def _label(row: Mapping[str, Any], names: Mapping[str, int], owner: str) -> Label:
     host = row.get("host")
+    if isinstance(host, str) and host not in names:
+        raise unknown(f"host of {row['name']!r} ({owner})", host, names, see="maisi labels list")
+    if not isinstance(row["id"], int):
+        raise UsageError(f"label {row['name']!r} of {owner} has id {row['id']!r}", hint="new labels take a free id in 133..199 or 201..255")
     return Label(
-        id=int(row["id"]), name=row["name"], group=row["group"], regions=tuple(row.get("regions", ())),
+        id=row["id"], name=row["name"], group=row["group"], regions=tuple(row.get("regions", ())),
         color=tuple(row.get("color", (220, 90, 220))), raw=row.get("raw"),
         host=names[host] if isinstance(host, str) else host, owner=owner,
     )  # fmt: skip
@@ -218,10 +214,26 @@ def remaps() -> dict[str, Remap]:
         found[remap.source] = remap
     for registered in plugins().registry("labels"):
         if isinstance(registered.target, Mapping) and "pairs" in registered.target:
-            pairs = {int(key): int(value) for key, value in registered.target["pairs"].items()}
+            if registered.name in found or registered.name == "maisi":
+                raise UsageError(f"the label set {registered.name!r} of {registered.owner} comes with maisi", hint="choose another name")
+            pairs = _plugin_pairs(registered, registered.target["pairs"])
             found[registered.name] = Remap(source=registered.name, target="maisi", summary=registered.summary,
                                            names={key: f"id {key}" for key in pairs}, pairs=pairs)  # fmt: skip
     return found
+
+
+def _plugin_pairs(entry: Entry[Any], table: Any) -> dict[int, int]:
+    try:
+        pairs = {int(key): int(value) for key, value in table.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the label set {entry.name!r} of {entry.owner} is not a remap table: {error}", hint="correct the plugin"
+        ) from error
+    strange = next((value for value in pairs.values() if value != 0 and value not in maisi()), None)
+    if strange is not None:
+        raise UsageError(f"the label set {entry.name!r} of {entry.owner} maps to {strange}, which MAISI does not have",
+                         hint="see  maisi labels list")  # fmt: skip
+    return pairs
 
 
 def _raw_remap() -> Remap:
@@ -256,7 +268,11 @@ def remap_table(source: str, target: str = "maisi") -> Remap:
         path = Path(source)
         if not path.is_file():
             raise UsageError(f"the remap table {source} does not exist", hint="see  maisi labels show totalsegmentator")
-        return _read_remap(tomllib.loads(path.read_text("utf-8")), source)
+        try:
+            data = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:  # not TOML, or not text
+            raise UsageError(f"{source} cannot be read: {error}", hint="correct the file") from error
+        return _read_remap(data, source)
     if source not in remaps():
         raise unknown("label set", source, ["maisi", *remaps()], see="maisi labels list --sets")
     return remaps()[source]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from .errors import UsageError, nearest, unknown
 from .geometry import Geometry, Size, format_triple
+from .registry import Entry
 
 KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
 PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
@@ -202,7 +204,7 @@ class ModelSpec:
             problems.append(f"field of view {fov:.0f} mm across is below the {limits.fov_xy_good_mm:g} mm of body scans in training")
         if problems and not allow_ood:
             need = limits.fov_xy_min_mm if head else max(limits.fov_xy_min_mm, limits.fov_xy_good_mm)
-            wider = max(need / size[0], need / size[1])
+            wider = max(_up(need / size[0]), _up(need / size[1]))
             raise UsageError(problems[0], hint=f"use --spacing {wider:.4g}x{wider:.4g}x{geometry.spacing[2]:.4g} or larger, or --allow-ood")
         return problems
 
@@ -245,6 +247,12 @@ def _mm(values: Sequence[float]) -> str:
     return "x".join(f"{value:.4g}" for value in values)
 
 
+def _up(value: float) -> float:
+    """Return a positive number rounded up to the four digits with which it is shown."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / unit - 1e-9) * unit
+
+
 @cache
 def modalities() -> tuple[Modality, ...]:
     """Return every modality, those of plugins included, in order of id."""
@@ -254,14 +262,15 @@ def modalities() -> tuple[Modality, ...]:
     found = [Modality(**row) for row in data["modality"]]
     for entry in plugins().registry("modalities"):
         row = entry.target
-        if not isinstance(row, Mapping) or row.get("kind") not in ("ct", "mr") or not 0 <= int(row.get("id", -1)) < 128:
+        number = row.get("id") if isinstance(row, Mapping) else None
+        if not isinstance(number, int) or not 0 <= number < 128 or row.get("kind") not in ("ct", "mr"):
             raise UsageError(f"modality {entry.name!r} of {entry.owner} needs an id in 0..127 and a kind, ct or mr",
                              hint="correct the plugin")  # fmt: skip
-        taken = next((m for m in found if m.id == row["id"] or m.name == entry.name), None)
+        taken = next((m for m in found if m.id == number or _fold(m.name) == _fold(entry.name)), None)
         if taken:
-            raise UsageError(f"modality {entry.name!r} of {entry.owner} takes id {row['id']}, which is {taken.name}",
-                             hint="choose a free id")  # fmt: skip
-        found.append(Modality(name=entry.name, id=int(row["id"]), kind=row["kind"], summary=row.get("summary", entry.summary)))
+            raise UsageError(f"modality {entry.name!r} of {entry.owner} has id {number}; {taken.name} with id {taken.id} is there already",
+                             hint="choose a free id and another name")  # fmt: skip
+        found.append(Modality(name=entry.name, id=number, kind=row["kind"], summary=row.get("summary", entry.summary)))
     return tuple(sorted(found, key=lambda m: m.id))
 
 
@@ -284,7 +293,7 @@ def models() -> tuple[ModelSpec, ...]:
     """Return every model that is registered, by name."""
     from .plugins import plugins
 
-    return tuple(read_model(Path(str(entry.target))) for entry in plugins().registry("models"))
+    return tuple(_registered(entry) for entry in plugins().registry("models"))
 
 
 def model(name: str) -> ModelSpec:
@@ -296,7 +305,15 @@ def model(name: str) -> ModelSpec:
         return read_model(path)
     from .plugins import plugins
 
-    return read_model(Path(str(plugins().registry("models").entry(name).target)))
+    return _registered(plugins().registry("models").entry(name))
+
+
+def _registered(entry: Entry[Any]) -> ModelSpec:
+    spec = read_model(Path(str(entry.target)))
+    if spec.name != entry.name:
+        raise UsageError(f"{spec.path} describes the model {spec.name!r}, but {entry.owner} registers it as {entry.name!r}",
+                         hint="give it one name")  # fmt: skip
+    return spec
 
 
 @cache
@@ -304,15 +321,15 @@ def read_model(path: Path) -> ModelSpec:
     """Read and check one model file. Raises `UsageError` that names the key."""
     try:
         data = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not TOML, or not text
         raise UsageError(f"{path} cannot be read: {error}", hint="correct the file") from error
     if data.pop("schema", None) != "maisi.model/1":
         raise UsageError(f"{path} is not a model file", hint='begin it with  schema = "maisi.model/1"')
     networks = {}
-    for part, table in data.pop("networks", {}).items():
+    for part, table in _table(data.pop("networks", {}), path, "networks").items():
         if part not in PARTS:
             raise _unknown_key(path, f"networks.{part}", PARTS)
-        table = dict(table)
+        table = dict(_table(table, path, f"networks.{part}"))
         kind = table.pop("kind", None)
         if kind not in KINDS:
             raise UsageError(f"{path}: networks.{part}.kind is {kind!r}", hint=f"use {', '.join(KINDS)}")
@@ -324,7 +341,14 @@ def read_model(path: Path) -> ModelSpec:
     for weight in weights:
         if weight.layout not in LAYOUTS:
             raise UsageError(f"{path}: weights layout {weight.layout!r}", hint=f"use {', '.join(LAYOUTS)}")
+        if weight.part not in (*PARTS, "data"):
+            raise UsageError(f"{path}: weights part {weight.part!r}", hint=f"use {', '.join(PARTS)} or data")
     limits = _fields(Limits, data.pop("limits", {}), path, "limits")
+    if not limits.sizes and not limits.size_xy:
+        for key in ("size_min", "size_max"):
+            if getattr(limits, key) % limits.multiple:
+                raise UsageError(f"{path}: limits.{key} {getattr(limits, key)} does not divide by multiple {limits.multiple}",
+                                 hint=f"set {key} to a multiple of it")  # fmt: skip
     licence = _fields(Licence, data.pop("licence", {"name": "not stated"}), path, "licence")
     main = data.get("modality", "ct")
     has_control = "controlnet" in networks
@@ -344,7 +368,14 @@ def read_model(path: Path) -> ModelSpec:
     return spec
 
 
-def _fields(kind: Any, row: Mapping[str, Any], path: Path, where: str) -> Any:
+def _table(value: Any, path: Path, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{path}: {where} is {value!r}, not a table", hint=f"write [{where}] above the keys in it")
+    return value
+
+
+def _fields(kind: Any, row: Any, path: Path, where: str) -> Any:
+    row = _table(row, path, where)
     known = {field.name for field in dataclasses.fields(kind)}
     for key in row:
         if key not in known:

@@ -63,7 +63,8 @@ def decode_window(call, z: Tensor, window: Sequence[int], overlap: float, *, on_
 
     inferer = SlidingWindowInferer(roi_size=roi, sw_batch_size=1, overlap=overlap, mode="gaussian", padding_mode="constant",
                                    progress=False, sw_device=z.device, device=z.device)  # fmt: skip
-    return inferer(z, counted).float()  # type: ignore[union-attr, arg-type]
+    with torch.inference_mode():  # the inferer blends in place into what `call` returns
+        return inferer(z, counted).float()  # type: ignore[union-attr, arg-type]
 
 
 def _windows(size: Sequence[int], roi: Sequence[int], overlap: float) -> int:
@@ -79,10 +80,10 @@ def reference_decoder(latent_size: Sequence[int], window: Sequence[int]) -> str:
     return "exact" if int(np.prod(latent_size)) <= int(np.prod(window)) else "window"
 
 
-def check_splits(size_y: int, splits: int, *, levels: int = 3) -> None:
-    """Refuse a number of splits along Y that would drop rows or crash: every level must divide, with slabs of 3 or more.
+def check_splits(size_y: int, splits: int) -> None:
+    """Refuse a number of splits along Y that would drop rows or crash: it must divide, with slabs of 3 rows or more.
 
-    `size_y` is the latent's extent. Raises `UsageError` naming the valid numbers.
+    `size_y` is the latent's extent, the smallest of the VAE's levels. Raises `UsageError` naming the valid numbers.
     """
 
     def valid(n: int) -> bool:

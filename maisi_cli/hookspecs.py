@@ -59,7 +59,7 @@ def register_labels(register: Register) -> None:
     """Add labels to the vocabulary, or a remap table: `register("pancreatic cyst", {"id": 133, ...})`.
 
     The target is a mapping. With `id` (133..199 or 201..255) it is a new label of the MAISI vocabulary; optional keys
-    are `group`, `color`, `side`, `host` (name of the organ it lies in) and `regions`. With `pairs` (source id to MAISI
+    are `group`, `color`, `host` (name of the organ it lies in) and `regions`. With `pairs` (source id to MAISI
     id) it is a remap table for `--labels NAME`.
     """
 

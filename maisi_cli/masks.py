@@ -50,7 +50,8 @@ def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, 
 def own(settings: GenerateSettings, *, on_event: OnEvent = ignore) -> Mask:
     """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`."""
     mask = from_file(settings, None, 0, on_event=on_event)
-    missing = [name for name in settings.anatomy if maisi().id(name) not in mask.ids()]
+    present = mask.ids()
+    missing = [name for name in settings.anatomy if maisi().id(name) not in present]
     if missing:
         raise UsageError(f"{settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
     return mask

@@ -21,6 +21,8 @@ from .settings import GenerateSettings, Resolved
 
 NOT_MODELLED = "not modelled"
 HEADROOM_GIB = 1.0  # what the driver and other programs take
+# the column of the measured rows that speaks of a model, and the steps that it was measured with
+MEASURED_STEPS = {"rflow-ct": ("rflow_seconds", 30), "ddpm-ct": ("ddpm_seconds", 1000)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,7 @@ def predict(
                "dtype": "asked for" if settings.dtype != "auto" else f"default on {device.split(':')[0]}"}  # fmt: skip
     execution = (Choice(name="device", value=device, reason=sources["device"]), Choice(name="dtype", value=dtype, reason=sources["dtype"]))
     row, fits, margin, reason = None, None, None, NOT_MODELLED
-    if geometry is not None and gpu.kind == "cuda" and spec.name in ("rflow-ct", "ddpm-ct"):
+    if geometry is not None and gpu.kind == "cuda" and spec.name in MEASURED_STEPS:
         row, fits, margin, reason = _measured(spec, geometry, gpu, settings)
     window = settings.window
     decoder = settings.decoder
@@ -183,7 +185,9 @@ def predict(
                Choice(name="overlap", value=overlap if decoder == "window" else None, reason="share of the window")]  # fmt: skip
     seconds: tuple[float | None, float | None] = (None, None)
     if row is not None:
-        seconds = (float(row["ddpm_seconds" if spec.name == "ddpm-ct" else "rflow_seconds"]), float(row["vae_seconds"]))
+        column, steps = MEASURED_STEPS[spec.name]
+        as_measured = settings.steps == steps and settings.cfg_modality == 0 and settings.scheduler == spec.scheduler["name"]
+        seconds = (float(row[column]) if as_measured else None, float(row["vae_seconds"]))
     peak = float(row["peak_gib"]) if row is not None else None
     stages = [
         StagePlan(name="denoise", peak_gib=None, seconds=seconds[0], choices=execution),
@@ -201,19 +205,27 @@ def predict(
 def _measured(
     spec: ModelSpec, geometry: Geometry, gpu: Gpu, settings: GenerateSettings
 ) -> tuple[Mapping[str, Any] | None, bool | None, float | None, str]:
-    """Return the fastest measured row of this size that fits, whether it fits, and what is left."""
+    """Return the fastest measured row of this size that fits, whether it fits, and what is left.
+
+    A row of the GPU preset that is asked for was published for that class: it fits where nothing else does, and then what
+    is left is that of the whole memory.
+    """
     from . import presets
 
-    rows = [row for each in presets.presets("gpu") for row in each.values.get("measured", ())
-            if tuple(row["size"]) == geometry.size and _as_asked(row, settings)]  # fmt: skip
+    named = [(each.name, row) for each in presets.presets("gpu") for row in each.values.get("measured", ())
+             if tuple(row["size"]) == geometry.size and _as_asked(row, settings)]  # fmt: skip
+    rows = [row for _, row in named]
     if not rows:
         return None, None, None, NOT_MODELLED
     memory = (gpu.memory_gib or 0) - HEADROOM_GIB
     fitting = [row for row in rows if row["peak_gib"] <= memory]
     if not fitting:
+        fitting = [row for name, row in named if name == settings.gpu and row["peak_gib"] <= (gpu.memory_gib or 0)]
+        memory += HEADROOM_GIB if fitting else 0
+    if not fitting:
         least = min(rows, key=lambda row: row["peak_gib"])
         return least, False, round(memory - least["peak_gib"], 2), "does not fit"
-    denoise = "ddpm_seconds" if spec.name == "ddpm-ct" else "rflow_seconds"
+    denoise, _ = MEASURED_STEPS[spec.name]
     best = min(fitting, key=lambda row: (row[denoise] + row["vae_seconds"], row["peak_gib"]))
     return best, True, round(memory - best["peak_gib"], 2), "measured"
 

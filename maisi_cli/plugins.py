@@ -1,7 +1,7 @@
 """Finding, loading and listing plugins, and the registries that they fill.
 
 `MAISI_LOAD_PLUGINS=a,b` loads only those entry points (empty: none); `MAISI_TRACE_PLUGINS=1` says on stderr what each
-hook was called with. A plugin that fails to import is reported once and skipped.
+hook was called with. A plugin that fails to import or to register is reported once and skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
+from .errors import UsageError
 from .registry import Registry
 
 GROUP = "maisi"
@@ -101,10 +102,33 @@ def load(only: str | None = None, *, trace: bool = False, extra: dict[str, Any] 
     for name, package, version, plugin, trouble in found:
         adds: tuple[str, ...] = ()
         if plugin is not None:
-            manager.register(plugin, name)
-            adds = _fill(registries, plugin, manager, owner=package if package != "?" else name)
+            adds, trouble = _enlist(registries, plugin, manager, name=name, owner=package if package != "?" else name)
         infos.append(PluginInfo(name=name, package=package, version=version, adds=adds, problem=trouble))
     return Plugins(manager=manager, registries=registries, infos=tuple(infos))
+
+
+def _enlist(
+    registries: dict[str, Registry[Any]], plugin: Any, manager: pluggy.PluginManager, *, name: str, owner: str
+) -> tuple[tuple[str, ...], str | None]:
+    """Return what a plugin adds, and why it was skipped when its own code fails; a name taken twice is raised."""
+    try:
+        manager.register(plugin, name)
+    except ValueError as error:  # its name is that of another plugin, or it is installed twice
+        return (), f"skipped, {error}"
+    except pluggy.PluginValidationError as error:
+        manager.unregister(plugin)
+        return (), f"skipped, {error}"
+    before = {kind: set(registry.names()) for kind, registry in registries.items()}
+    try:
+        return _fill(registries, plugin, manager, owner=owner), None
+    except UsageError:
+        raise
+    except Exception as error:
+        manager.unregister(plugin)
+        for kind, registry in registries.items():
+            for each in set(registry.names()) - before[kind]:
+                registry.discard(each)
+        return (), f"skipped, registering failed: {type(error).__name__}: {error}"
 
 
 def _fill(registries: dict[str, Registry[Any]], plugin: Any, manager: pluggy.PluginManager, *, owner: str) -> tuple[str, ...]:

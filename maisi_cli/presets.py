@@ -29,6 +29,10 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"train": (), "network": (), "data": ()},
 }
 _PLAIN = ("schema", "kind", "name", "summary", "extends")
+MEASURED: dict[str, type | tuple[type, ...]] = {
+    "size": list, "window": list, "windows": int, "overlap": (int, float), "splits": int, "peak_gib": (int, float),
+    "vae_seconds": (int, float), "ddpm_seconds": (int, float), "rflow_seconds": (int, float), "device": str, "source": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +71,6 @@ def shipped() -> Path:
 
 def _sources(kind: str) -> dict[str, Path]:
     """Return every preset file of a kind by name; stronger sources hide weaker ones."""
-    from platformdirs import user_config_path
-
     from .plugins import plugins
 
     found = {path.stem: path for path in sorted((shipped() / FOLDERS[kind]).glob("*.toml"))}
@@ -76,10 +78,17 @@ def _sources(kind: str) -> dict[str, Path]:
         path = Path(str(entry.target))
         if _kind_of(path) == kind:
             found[entry.name] = path
-    for folder in (user_config_path("maisi", appauthor=False) / "presets", Path("maisi-presets")):
+    for folder in _own_folders():
         if folder.is_dir():
             found.update({path.stem: path for path in sorted(folder.glob("*.toml")) if _kind_of(path) == kind})
     return found
+
+
+def _own_folders() -> tuple[Path, Path]:
+    """Return the folders of the user's own presets: of this user, and of the project."""
+    from platformdirs import user_config_path
+
+    return user_config_path("maisi", appauthor=False) / "presets", Path("maisi-presets")
 
 
 def _kind_of(path: Path) -> str | None:
@@ -102,9 +111,11 @@ def preset(name: str, kind: str) -> Preset:
         found = read(Path(name))
     else:
         sources = _sources(kind)
-        if name not in sources:
+        # a file of the user's that is not TOML or of another kind is no source, but it is what is meant
+        own = [path for folder in _own_folders() if (path := folder / f"{name}.toml").is_file()]
+        if name not in sources and not own:
             raise unknown(f"{kind} preset", name, sources, see=f"maisi presets list --kind {kind}")
-        found = read(sources[name], name=name)
+        found = read(sources[name] if name in sources else own[-1], name=name)
     if found.kind != kind:
         raise UsageError(f"preset {name} is a {found.kind} preset, not a {kind} preset", hint=f"see  maisi presets list --kind {kind}")
     return found
@@ -125,18 +136,21 @@ def read(path: Path, *, name: str | None = None) -> Preset:
 def _load(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a file and lay it over the preset that it extends, whose evidence is not inherited."""
     data = tomllib.loads(path.read_text("utf-8"))
-    base_name = data.get("extends")
-    if not base_name:
+    if not data.get("extends"):
         return data
+    base_name = str(data["extends"])
     if base_name in seen:
         raise UsageError(f"{path} extends itself through {base_name}", hint="remove one extends")
     sources = _sources(str(data.get("kind")))
-    if base_name not in sources or sources[base_name].resolve() == path.resolve():
-        raise unknown("preset", str(base_name), sources, see="maisi presets list")
+    if base_name not in sources:
+        raise unknown("preset", base_name, sources, see="maisi presets list")
+    if sources[base_name].resolve() == path.resolve():
+        raise UsageError(f"{path} extends itself", hint=f"name the file otherwise than {base_name}.toml")
     merged = _load(sources[base_name], (*seen, base_name))
     merged.pop("evidence", None)
     for key, value in data.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+        below = merged.get(key)
+        merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -181,13 +195,51 @@ def validate(path: Path) -> list[str]:
             except UsageError as error:
                 problems.append(str(error))
         problems.extend(_unknown_names(volume))
-        for region in data.get("anatomy", {}).get("regions", ()):
-            from .anatomy import region_index
+        problems.extend(_unknown_anatomy(data.get("anatomy", {})))
+    if kind == "gpu":
+        execution = data.get("execution", {})
+        memory = execution.get("memory_gib")
+        if execution.get("device") != "cpu" and (isinstance(memory, bool) or not isinstance(memory, (int, float)) or memory <= 0):
+            problems.append(f"execution.memory_gib is {memory!r}, not the GPU's memory in GiB")
+        problems.extend(_wrong_rows(data.get("measured", [])))
+    return problems
 
+
+def _unknown_anatomy(anatomy: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each body region and organ that is not known."""
+    from .anatomy import maisi, region_index
+
+    problems = []
+    for key, find in (("regions", region_index), ("anatomy", maisi().id)):
+        names = anatomy.get(key, [])
+        if not isinstance(names, list):
+            problems.append(f"anatomy.{key} is {names!r}, not a list")
+            continue
+        for name in names:
             try:
-                region_index(region)
+                find(str(name))
             except UsageError as error:
                 problems.append(str(error))
+    return problems
+
+
+def _wrong_rows(rows: Any) -> list[str]:
+    """Return the problems of the measured rows of a GPU preset."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return ["measured is not a list of tables [[measured]]"]
+    problems = []
+    for number, row in enumerate(rows, 1):
+        problems.extend(_misspelt(f"measured.{key}", [f"measured.{each}" for each in MEASURED]) for key in row if key not in MEASURED)
+        for key, kind in MEASURED.items():
+            if key not in row:
+                problems.append(f"[[measured]] {number} has no {key}")
+            elif not isinstance(row[key], kind) or isinstance(row[key], bool):
+                problems.append(f"[[measured]] {number} has {key} {row[key]!r}")
+        for key in ("size", "window"):
+            try:
+                parse_size(row.get(key, (1, 1, 1)))
+            except UsageError as error:
+                problems.append(f"[[measured]] {number}: {error}")
     return problems
 
 
@@ -234,7 +286,7 @@ def rank(*, regions: Sequence[str] | None = None, modality: str | None = None, s
             continue  # a preset of one's own says nothing about the training data
         if wanted is not None and set(each.regions) != wanted:
             continue
-        if kind is not None and not agrees(each.modality, kind.name):
+        if kind is not None and not (agrees(each.modality, kind.name) or _stripped(each, kind.name)):
             continue
         geometry = each.geometry.resized(parse_size(size)) if size else each.geometry
         verdict, reason = judge(geometry, each)
@@ -252,6 +304,16 @@ def agrees(modality: str, wanted: str) -> bool:
     from .catalog import modality as find_modality
 
     return find_modality(modality).name == wanted or (wanted == "mri" and find_modality(modality).kind == "mr")
+
+
+def _stripped(each: Preset, wanted: str) -> bool:
+    """Say whether `wanted` is a preset's modality with the skull removed, which its model was trained on at the same volumes."""
+    from .catalog import modality as find_modality
+    from .catalog import model
+
+    if wanted != f"{find_modality(each.modality).name}-skull-stripped":
+        return False
+    return wanted in model(str(each.values["volume"].get("model", "rflow-ct"))).modalities
 
 
 def judge(geometry: Geometry, against: Preset) -> tuple[str, str]:

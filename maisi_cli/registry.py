@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
-from .errors import MaisiError, UsageError, unknown
+from .errors import CannotRun, UsageError, unknown
 
 T = TypeVar("T")
 
@@ -44,16 +44,24 @@ class Registry(Generic[T]):
         self._entries[name] = Entry(name=name, target=target, owner=owner, summary=summary)
 
     def get(self, name: str) -> T:
-        """Return the thing named `name`, importing it now. Raises `UsageError` with near matches."""
+        """Return the thing named `name`, importing it now.
+
+        Raises `UsageError` with near matches, and `CannotRun` when its module fails to import.
+        """
         entry = self.entry(name)
         if not isinstance(entry.target, str):
             return entry.target
         module, _, attribute = entry.target.partition(":")
         try:
             found: Any = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise MaisiError(f"the {self.kind} {name!r} of {entry.owner} cannot be loaded from {entry.target}: {error}") from error
+        except Exception as error:
+            raise CannotRun(f"the {self.kind} {name!r} of {entry.owner} cannot be loaded from {entry.target}: {error}",
+                            hint=f"install {entry.owner} again, or choose another {self.kind}") from error  # fmt: skip
         return found
+
+    def discard(self, name: str) -> None:
+        """Take a registration back, if there is one."""
+        self._entries.pop(name, None)
 
     def entry(self, name: str) -> Entry[T]:
         """Return the registration of `name` without importing it. Raises `UsageError` with near matches."""

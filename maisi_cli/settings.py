@@ -140,7 +140,7 @@ def _number(low: float, high: float | None = None) -> Callable[[Any], float]:
             number = float(value)
         except (TypeError, ValueError):
             raise ValueError("it must be a number") from None
-        if not number >= low or (high is not None and number >= high):
+        if not low <= number < float("inf") or (high is not None and number >= high):
             raise ValueError(f"it must lie in {low:g}..{high:g}, without {high:g}" if high is not None else f"it must be at least {low:g}")
         return number
 
@@ -332,11 +332,13 @@ def resolve(
     spec, origin = _choose_model(wanted, region, str(pick("mode", layers)), notes)
     model_layer = Layer(origin=f"model {spec.name}", values=_model_defaults(spec))
     layers.insert(1, model_layer)
-    typed_model = next(
-        (layer.origin for layer in reversed([*bottom, middle, *top]) if layer.values.get("model") not in (None, "auto")), None
-    )
-    layers = [dataclasses.replace(each, values={k: v for k, v in each.values.items() if k != "model"}) for each in layers]
-    layers.append(Layer(origin=typed_model or origin, values={"model": spec.name if not wanted.endswith(".toml") else wanted}))
+    if wanted != "auto":
+        origin = next(layer.origin for layer in reversed([*bottom, middle, *top]) if "model" in layer.values)
+    # what was chosen is the strongest; of the others it hides those that name a model
+    layers = [dataclasses.replace(each, values={k: v for k, v in each.values.items()
+                                                if k != "model" or (v != "auto" and each.origin != origin)})
+              for each in layers]  # fmt: skip
+    layers.append(Layer(origin=origin, values={"model": spec.name if not wanted.endswith(".toml") else wanted}))
 
     origins: dict[str, Setting] = {}
     for key in KEYS:
@@ -348,7 +350,7 @@ def resolve(
         hidden = tuple((v, o) for v, o in reversed(stack[:-1]) if o != "default" or v != value)
         origins[key] = Setting(value=value, origin=where, hides=hidden)
     if not own_mask:
-        _settle_geometry(origins, [region_layer.origin], spec, notes)
+        _settle_geometry(origins, [region_layer.origin], [layer.origin for layer in layers], spec, notes)
     _check_names(origins, spec)
     _check_together(origins)
     settings = GenerateSettings(**{key: setting.value for key, setting in origins.items()})
@@ -405,14 +407,22 @@ def require_weights(spec: Any, mode: str) -> None:
     raise CannotRun(f"model {spec.name} is not installed: {path} is missing", hint=hint)
 
 
-def _settle_geometry(origins: dict[str, Setting], preset_origins: Sequence[str], spec: Any, notes: list[str]) -> None:
+def _settle_geometry(
+    origins: dict[str, Setting], preset_origins: Sequence[str], order: Sequence[str], spec: Any, notes: list[str]
+) -> None:  # fmt: skip
     """Leave exactly two of size, spacing and fov: what was typed wins; a preset's field of view is kept.
 
-    A size from a preset is scaled to the model's limits at constant field of view; a typed size never is.
+    Of three that were typed the one from the weakest layer of `order` gives way; three from one place must agree. A size
+    from a preset is scaled to the model's limits at constant field of view; a typed size never is.
     """
     names = ("size", "spacing", "fov")
     typed = [name for name in names if origins[name].value is not None and origins[name].origin not in preset_origins]
     base_size, base_spacing = (_layer_value(origins[name], preset_origins) for name in ("size", "spacing"))
+    if len(typed) == 3:
+        ranks = {name: order.index(origins[name].origin) for name in names}
+        weakest = min(names, key=lambda name: ranks[name])
+        if [*ranks.values()].count(ranks[weakest]) == 1:
+            typed.remove(weakest)
     if base_size is None or base_spacing is None:
         if len(typed) < 2:
             raise UsageError("the volume is not determined", hint="give two of --size, --spacing and --fov, or a --preset")
@@ -440,7 +450,11 @@ def _settle_geometry(origins: dict[str, Setting], preset_origins: Sequence[str],
             origins[name] = Setting(
                 value=value, origin="derived", hides=((origins[name].value, origins[name].origin),) if origins[name].value else ()
             )
-    origins["fov"] = Setting(value=made.fov_mm, origin=origins["fov"].origin if "fov" in typed else "derived")
+    if "fov" in typed:
+        origins["fov"] = dataclasses.replace(origins["fov"], value=made.fov_mm)
+    else:
+        hidden = origins["fov"]
+        origins["fov"] = Setting(value=made.fov_mm, origin="derived", hides=((hidden.value, hidden.origin),) if hidden.value else ())
 
 
 def _layer_value(setting: Setting, preset_origins: Sequence[str]) -> Any:
@@ -506,8 +520,9 @@ def _check_together(origins: dict[str, Setting]) -> None:
             raise UsageError(f"--mask-source {value('mask_source')} and --mask exclude each other", hint="leave one out")
     if value("mode") == "image" and typed("anatomy") and value("anatomy"):
         raise UsageError("--mode image makes no mask that could hold --anatomy", hint="use --mode paired, or leave --anatomy out")
-    asked = any(origins[key].origin in ("command line", "--set", "environment", PROJECT_FILE, "user config") for key in ("window", "overlap"))
-    if value("decoder") == "auto" and asked:
+    own = ("command line", "--set", "environment", PROJECT_FILE, "user config")
+    overlap = typed("overlap") or (origins["overlap"].origin in own and value("window") is not None)
+    if value("decoder") == "auto" and (origins["window"].origin in own or overlap):
         origins["decoder"] = Setting(value="window", origin="derived", hides=(("auto", origins["decoder"].origin),))
     if value("decoder") == "window" and value("window") is None:
         raise UsageError("the window decoder needs a window in latent voxels", hint="add --window 64x64x48")
@@ -554,7 +569,7 @@ def sample_id(values: Any, spec: Any, index: int) -> str:
 def parse_shard(text: str) -> tuple[int, int]:
     """Parse `i/n`, 1 <= i <= n. Raises `UsageError`."""
     left, slash, right = text.partition("/")
-    if not slash or not left.isdigit() or not right.isdigit() or not 1 <= int(left) <= int(right):
+    if not slash or not left.isdecimal() or not right.isdecimal() or not 1 <= int(left) <= int(right):
         raise UsageError(f"--shard {text!r} is not a share of the samples", hint="write it like --shard 3/16")
     return int(left), int(right)
 

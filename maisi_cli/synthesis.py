@@ -186,7 +186,7 @@ class _Run:
             latent = self._denoise(nets, inner, fitted, seed)
         if settings.keep_latent:
             write_atomic(self.out / f"{job.id}_latent.npy", _npy(latent))
-        with clock("decode"), torch.inference_mode():
+        with clock("decode"):
             self.tell(Stage(name="decode", detail=str(self.plan.choice("decoder")), sample=job.index))
             intensity = decoding.decode(
                 nets, latent, decoder=self.plan.choice("decoder"), window=self.plan.choice("window"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,19 +62,19 @@ def load_state(path: Path, layout: str = "safetensors") -> State:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UsageError(f"{path} holds more than tensors and is not loaded",
+        raise UsageError(f"{path} is damaged, or holds more than tensors, and is not loaded",
                          hint="use the released file, or convert it to safetensors where you trust it") from error  # fmt: skip
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UsageError(f"{path} is damaged: {(str(error).splitlines() or ['empty'])[0]}", hint="fetch the file again") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
     tensors: Any = content
     inner = _INNER.get(layout)
     if isinstance(content, Mapping) and inner in content:
         tensors = content[inner]
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise UsageError(f"{path} does not have the layout {layout!r}", hint="check which part of the model it is")
     scale = content.get("scale_factor") if isinstance(content, Mapping) else None
-    return State(tensors={key: torch.as_tensor(value) for key, value in tensors.items()},
-                 scale_factor=None if scale is None else float(scale), sha256=sha256_of(path))  # fmt: skip
+    return State(tensors={key: torch.as_tensor(value) for key, value in tensors.items()}, scale_factor=_scale(scale, path),
+                 sha256=sha256_of(path))  # fmt: skip
 
 
 def _load_safetensors(path: Path) -> State:
@@ -84,9 +85,23 @@ def _load_safetensors(path: Path) -> State:
             meta = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}", hint="fetch the file again") from error
-    scale = meta.get("scale_factor")
-    return State(tensors=tensors, scale_factor=None if scale is None else float(scale), sha256=sha256_of(path))
+        raise _damaged(path, error) from error
+    return State(tensors=tensors, scale_factor=_scale(meta.get("scale_factor"), path), sha256=sha256_of(path))
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} is damaged: {(str(error).splitlines() or ['empty'])[0]}", hint="fetch the file again")
+
+
+def _scale(value: Any, path: Path) -> float | None:
+    """Return the scale factor of a file, a number or a tensor of one; anything else is refused."""
+    try:
+        scale = None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} has a scale factor that is no number", hint="fetch the file again") from error
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise UsageError(f"{path} has the scale factor {scale:g}", hint="fetch the file again")
+    return scale
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], half: bool = True) -> Path:

@@ -97,3 +97,9 @@ def worst(made: Tensor, wanted: Tensor) -> float:
     """Return max |made - wanted| in standard deviations of `wanted`."""
     assert made.shape == wanted.shape
     return float((made.double() - wanted.double()).abs().max() / wanted.double().std())
+
+
+def close(made: Tensor, wanted: Tensor) -> bool:
+    """Say whether the float outputs of a single function agree: rtol 1e-4, atol 1e-5 standard deviations of `wanted`."""
+    assert made.shape == wanted.shape
+    return torch.allclose(made.double(), wanted.double(), rtol=1e-4, atol=1e-5 * float(wanted.double().std()))

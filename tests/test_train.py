@@ -614,6 +614,15 @@ def test_latents_must_match_their_labels(folder: Path, tmp_path: Path) -> None:
         DiffusionTask(settings_from("dm", "nano-dm", overrides(folder, "dm")), tmp_path / "data" / "latents.json")
 
 
+def test_a_frozen_encoder_leaves_latents_as_they_are(folder: Path, tmp_path: Path) -> None:
+    source = folder / "first" / "vae.safetensors"
+    run(folder, "vae", tmp_path / "run", init=str(source), freeze_encoder=True, lr=1e-2)
+    with safe_open(source, framework="pt") as old, safe_open(tmp_path / "run" / "vae.safetensors", framework="pt") as new:
+        same = {key: torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys()}  # noqa: SIM118
+    assert all(equal for key, equal in same.items() if key.startswith(("encoder.", "quant_conv")))
+    assert not all(same.values())
+
+
 # --- ControlNet ---------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,7 +79,9 @@ def _train(
         if value is not None and not value.is_file():
             raise UsageError(f"--{key} {value} is not a file", hint="give the path of a .safetensors file")
     require_folder(out)
-    overrides = {**parse_assignments(set_ or [], ("train",)), **{key: str(value) for key, value in files.items() if value is not None}}
+    assigned = parse_assignments(set_ or [], ("train",))
+    _check_types(assigned)
+    overrides = {**assigned, **{key: str(value) for key, value in files.items() if value is not None}}
     stopped: list[Event] = []
     with output.events() as on_event:
         from .. import train
@@ -94,6 +98,21 @@ def _train(
         output.json_out({"schema": "maisi.train/1", "kind": kind, "weights": str(weights), "log": str(out / "log.jsonl")})
     else:
         output.data(str(weights))
+
+
+def _check_types(assigned: Mapping[str, Any]) -> None:
+    """Refuse values of `--set` that are of another type than the setting; names are checked where they are used."""
+    from ..errors import UsageError
+    from ..train import TrainSettings
+
+    types: dict[str, tuple[type | tuple[type, ...], str]] = {
+        "bool": (bool, "true or false"), "int": (int, "a whole number"), "float": ((int, float), "a number"), "str": (str, "text"),
+    }  # fmt: skip
+    for field in dataclasses.fields(TrainSettings):
+        wanted, word = types.get(str(field.type).removesuffix(" | None"), (list, "a list, such as [[64,64,64]]"))
+        value = assigned.get(field.name)
+        if value is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+            raise UsageError(f"train.{field.name} {value!r} (--set) is not valid", hint=f"it must be {word}")
 
 
 @data_app.command(

@@ -45,6 +45,7 @@ class TrainSettings:
     kl_weight: float = 1e-7
     window_weight: float = 0.0
     edge_weight: float = 0.0
+    freeze_encoder: bool = False
     modality_dropout: float = 0.1
     train_unet: bool = False
     label_dropout: float = 0.1

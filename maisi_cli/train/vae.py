@@ -39,6 +39,9 @@ class VaeTask:
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, -8.0)  # type: ignore[union-attr, arg-type]
         if settings.init:
             self.network.load_state_dict({key: value.float() for key, value in load_state(Path(settings.init)).tensors.items()})
+        if settings.freeze_encoder:
+            for part in ("encoder", "quant_conv_mu", "quant_conv_log_sigma"):
+                self.network.get_submodule(part).requires_grad_(False)
         training, held = split(read_list(data))
         self.volumes = [_load(case.image, case.id) for case in training]
         self.held = [_load(case.image, case.id) for case in held[:2]]

@@ -1,0 +1,242 @@
+"""Schedules and samplers against the reference's tables and steps, and the corrected paths against closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maisi_cli.errors import UsageError
+from maisi_cli.sampling import FAMILIES, Schedule, ddpm, ddpm_alphas, ddpm_schedule, euler, family_of, flow_schedule, initial_noise
+from maisi_cli.train.diffusion import mix
+from torch import Tensor
+
+from .golden import Golden, Shared, case, close
+
+STEPS = (3, 5, 10, 30, 50)
+SIZES = ((16, 16, 16), (32, 32, 16), (64, 64, 32), (64, 64, 64), (128, 128, 128))
+SHAPE = (1, 4, 16, 16, 16)
+sides = st.integers(4, 192)
+
+
+@pytest.fixture
+def u00(shared: Shared) -> Golden:
+    return case(shared, "u00_schedulers")
+
+
+# --- the reference's numbers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("steps", STEPS)
+def test_compat_times_and_widths_of_a_flow_are_the_reference_s_bit_for_bit(u00: Golden, steps: int, size: tuple[int, ...]) -> None:
+    name = f"rflow_n{steps}_{'x'.join(map(str, size))}"
+    made = flow_schedule(steps, size, compat=True)
+    assert np.array_equal(made.times.numpy(), u00.arrays[f"{name}_timesteps_f16"].astype(np.float32))
+    assert np.array_equal(made.widths.numpy(), u00.arrays[f"{name}_dt"])
+    assert float(made.widths.sum()) == pytest.approx(u00.meta["scalars"]["rflow_table"][name]["sum_dt"], abs=1e-12)
+    corrected = flow_schedule(steps, size)  # the fault is the rounding alone: half a unit of float16, and one of the integers
+    assert float((corrected.times - made.times).abs().max()) <= 0.25
+    assert float((corrected.widths - made.widths).abs().max()) < 0.0015
+
+
+def test_one_euler_step_is_the_reference_s(u00: Golden) -> None:
+    """From t = 264.5 to 187.75, whose fraction the reference drops; and the data that it expects at the end of the path."""
+    step = u00.meta["scalars"]["rflow_step"]
+    velocity = u00.tensor("model_output")
+    for width, wanted in ((step["dt_used"], "rflow_step_prev"), (step["t"] / 1000, "rflow_step_x0")):
+        schedule = Schedule(times=torch.tensor([step["t"]]), widths=torch.tensor([width], dtype=torch.float64), compat=True)
+        assert close(euler(lambda _x, _t: velocity, u00.tensor("x"), schedule), u00.tensor(wanted))
+
+
+def test_noise_is_added_as_the_reference_does(u00: Golden) -> None:
+    data, noise = u00.tensor("x"), u00.tensor("noise")
+    assert close(mix(data, noise, u00.tensor("t_rflow")), u00.tensor("rflow_add_noise"))
+    alpha = ddpm_alphas()[u00.tensor("t_ddpm")].reshape(-1, 1, 1, 1, 1)
+    assert close(alpha**0.5 * data + (1 - alpha) ** 0.5 * noise, u00.tensor("ddpm_add_noise"))
+
+
+def test_ddpm_tables_are_the_reference_s(u00: Golden) -> None:
+    alphas, wanted = ddpm_alphas(), u00.tensor("ddpm_alphas_cumprod")
+    assert torch.allclose(alphas, wanted, rtol=1e-5, atol=0)
+    before = torch.cat([torch.ones(1), alphas[:-1]])
+    assert torch.allclose(1 - alphas / before, u00.tensor("ddpm_betas"), atol=1e-6)
+    for steps in (5, 20, 1000):
+        assert ddpm_schedule(steps).times.tolist() == u00.arrays[f"ddpm_timesteps_{steps}"].tolist()
+
+
+@pytest.mark.parametrize("t", [999, 500, 1, 0])
+def test_one_ddpm_step_is_the_reference_s(u00: Golden, t: int) -> None:
+    epsilon, times = u00.tensor("model_output"), torch.tensor([t])
+
+    def step(*, compat: bool) -> Tensor:
+        schedule = Schedule(times=times, widths=torch.empty(0), compat=compat)
+        return ddpm(lambda _x, _t: epsilon, u00.tensor("x"), schedule, generator=lambda _like: u00.tensor(f"ddpm_step_{t}_noise"))
+
+    assert close(step(compat=True), u00.tensor(f"ddpm_step_{t}_prev"))
+    assert close(step(compat=False), u00.tensor(f"ddpm_step_{t}_x0"))  # the last listed time goes to the data
+
+
+# --- rectified flow -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(steps=st.integers(1, 200), size=st.tuples(sides, sides, sides), base=st.sampled_from([16**3, 32**3]))
+def test_times_of_a_flow_fall_from_1000_and_widths_add_up_to_one(steps: int, size: tuple[int, int, int], base: int) -> None:
+    made = flow_schedule(steps, size, base_voxels=base)
+    times = made.times.tolist()
+    assert len(made) == len(made.widths) == steps
+    assert times[0] == 1000
+    assert all(a > b > 0 for a, b in itertools.pairwise(times))
+    assert float(made.widths.sum()) == pytest.approx(1, abs=1e-9)
+    ratio = (math.prod(size) / base) ** (1 / 3)
+    for i, t in enumerate(times):  # the shift multiplies the odds of u = 1 - i / steps
+        u = 1 - i / steps
+        assert t == pytest.approx(1000 * ratio * u / (1 + (ratio - 1) * u), rel=1e-5)
+
+
+def test_a_latent_of_the_base_size_has_even_steps() -> None:
+    assert flow_schedule(4, (32, 32, 32)).times.tolist() == pytest.approx([1000, 750, 500, 250])
+    assert flow_schedule(4, (32, 32, 32)).widths.tolist() == pytest.approx([0.25] * 4)
+
+
+@settings(max_examples=25)
+@given(steps=st.integers(1, 60), size=st.tuples(sides, sides, sides))
+def test_euler_is_exact_for_a_constant_velocity(steps: int, size: tuple[int, int, int]) -> None:
+    """A straight path from noise to data ends at the data, however it is cut; with the reference's widths it overshoots."""
+    data, noise = initial_noise((1, 4, 3, 3, 3), 1), initial_noise((1, 4, 3, 3, 3), 2)
+    made = euler(lambda _x, _t: data - noise, noise, flow_schedule(steps, size))
+    assert torch.allclose(made, data, atol=2e-5)
+
+
+def test_the_reference_s_widths_overshoot() -> None:
+    data, noise = initial_noise(SHAPE, 1), initial_noise(SHAPE, 2)
+    made = euler(lambda _x, _t: data - noise, noise, flow_schedule(30, (64, 64, 32), compat=True))
+    assert torch.allclose(made - data, 0.00984375 * (data - noise), atol=2e-5)
+
+
+def test_euler_integrates_an_exponential_to_first_order() -> None:
+    """dx/ds = x over a path of length 1 gives (1 + 1/n)^n; the error falls as 1/n."""
+    start = torch.ones(1, 1, 1, 1, 1)
+    errors = []
+    for steps in (10, 100):
+        made = float(euler(lambda x, _t: x, start, flow_schedule(steps, (32, 32, 32))))
+        assert made == pytest.approx((1 + 1 / steps) ** steps, rel=1e-4)
+        errors.append(math.e - made)
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+
+
+# --- DDPM -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 1000))
+def test_times_of_ddpm_fall_strictly_from_999_to_0(steps: int) -> None:
+    times = ddpm_schedule(steps).times.tolist()
+    assert len(times) == steps
+    assert (times[0], times[-1]) == (999, 0)
+    assert all(a > b for a, b in itertools.pairwise(times))
+
+
+def spread(steps: int, *, compat: bool) -> Iterator[tuple[float, Tensor]]:
+    """Sample with the epsilon of a known image; yield, after each step, the deviation from where the next call expects to be."""
+    alphas, data = ddpm_alphas(), initial_noise(SHAPE, 1)
+    schedule = ddpm_schedule(steps, compat=compat)
+    made: list[Tensor] = []
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:
+        a = alphas[int(t)]
+        return (x - a**0.5 * data) / (1 - a) ** 0.5
+
+    ddpm(epsilon, initial_noise(SHAPE, 2), schedule, on_step=lambda _i, _n, x: made.append(x), generator=torch.Generator().manual_seed(3))
+    for x, t in zip(made, [*schedule.times.tolist()[1:], -1], strict=True):
+        a = alphas[t] if t >= 0 else torch.ones(())
+        yield float((1 - a) ** 0.5), x - a**0.5 * data
+
+
+@pytest.mark.parametrize("steps", [2, 4, 50])
+def test_ddpm_with_a_perfect_epsilon_stays_on_the_noising_process_and_recovers_the_data(steps: int) -> None:
+    """After each step x is sqrt(a) data + sqrt(1 - a) noise at the time that comes next, and the data at the end."""
+    for sigma, error in spread(steps, compat=False):
+        if sigma:
+            assert float(error.std()) == pytest.approx(sigma, rel=0.05)
+            assert abs(float(error.mean())) < 0.05 * sigma
+    assert float(error.abs().max()) < 1e-4
+
+
+def test_few_steps_of_the_reference_s_ddpm_leave_the_noising_process() -> None:
+    noisier = [float(error.std()) / sigma for sigma, error in spread(10, compat=True) if sigma]
+    assert noisier[-4:] == sorted(noisier[-4:])
+    assert noisier[-4] > 1.3
+    assert noisier[-1] > 30  # it was left at the noise of t = 110 where t = 0 comes next
+
+
+def test_with_all_steps_both_ddpm_paths_are_one() -> None:
+    made = [ddpm(lambda x, t: 0.1 * x + t / 1e4, initial_noise((1, 4, 2, 2, 2), 1), ddpm_schedule(1000, compat=compat),
+                 generator=torch.Generator().manual_seed(5)) for compat in (False, True)]  # fmt: skip
+    assert torch.equal(*made)
+
+
+def test_ddpm_takes_a_generator_or_a_function_of_a_tensor() -> None:
+    noise, drawn = initial_noise((1, 4, 3, 4, 5), 1), torch.Generator().manual_seed(7)
+    calls: list[Tensor] = []
+
+    def draw(like: Tensor) -> Tensor:
+        calls.append(like)
+        return torch.randn(like.shape, generator=drawn)
+
+    by_function = ddpm(lambda x, _t: x, noise, ddpm_schedule(6), generator=draw)
+    assert torch.equal(by_function, ddpm(lambda x, _t: x, noise, ddpm_schedule(6), generator=torch.Generator().manual_seed(7)))
+    assert not torch.equal(by_function, ddpm(lambda x, _t: x, noise, ddpm_schedule(6), generator=torch.Generator().manual_seed(8)))
+    assert len(calls) == 5  # none for the step to the data
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [euler, ddpm])
+def test_every_step_is_told_and_called_with_its_time(sampler) -> None:  # type: ignore[no-untyped-def]
+    schedule = FAMILIES[family_of(sampler)](5, (16, 16, 16))
+    seen: list[tuple[int, int, Tensor]] = []
+    times: list[float] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t))
+        return torch.zeros_like(x)
+
+    noise = initial_noise((1, 4, 2, 2, 2), 0)
+    before = noise.clone()
+    generator = torch.Generator().manual_seed(0)
+    made = sampler(denoise, noise, schedule, on_step=lambda done, total, x: seen.append((done, total, x)), generator=generator)
+    assert [(done, total) for done, total, _ in seen] == [(i, 5) for i in range(1, 6)]
+    assert torch.equal(seen[-1][2], made)
+    assert times == pytest.approx(schedule.times.tolist())
+    assert torch.equal(noise, before)
+
+
+def test_noise_is_torch_s_own_of_the_seed() -> None:
+    """The values of seed 0 that the reference's notes give, and independence of the state of the process."""
+    made = initial_noise((1, 4, 64, 64, 64), 0)
+    assert made.flatten()[:6].tolist() == pytest.approx([-1.1258398, -1.1523602, -0.2505786, -0.4338788, 0.8487104, 0.6920092])
+    torch.manual_seed(3)
+    assert torch.equal(initial_noise((1, 4, 8, 8, 8), 11), initial_noise((1, 4, 8, 8, 8), 11))
+    assert not torch.equal(initial_noise((1, 4, 8, 8, 8), 11), initial_noise((1, 4, 8, 8, 8), 12))
+
+
+@settings(max_examples=10)
+@given(st.integers(-3, 0))
+def test_no_steps_are_refused(steps: int) -> None:
+    with pytest.raises(UsageError, match=f"steps is {steps}"):
+        flow_schedule(steps, (16, 16, 16))
+    with pytest.raises(UsageError, match=f"steps is {steps}"):
+        ddpm_schedule(steps)
+
+
+def test_ddpm_has_no_more_than_its_1000_steps() -> None:
+    with pytest.raises(UsageError, match="1 to 1000"):
+        ddpm_schedule(1001)
