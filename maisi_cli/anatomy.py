@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -118,8 +118,10 @@ def maisi() -> Vocabulary:
     names_taken = {fold(label.name): label for label in labels}
     for entry in plugins().registry("labels"):
         target = entry.target
-        if not isinstance(target, Mapping) or "id" not in target:
-            continue
+        if not isinstance(target, Mapping) or "pairs" in target:
+            continue  # a label set
+        if "id" not in target:
+            raise UsageError(f"label {entry.name!r} of {entry.owner} has neither an id nor pairs", hint="correct the plugin")
         label = _label({"group": "plugin", **target, "name": entry.name}, names, entry.owner)
         if label.id in taken:
             raise UsageError(f"label {label.id} of {entry.owner} is already {taken[label.id]!r}",
@@ -198,7 +200,7 @@ class Remap:
         pairs: dict[int, int] = {}
         for source, target in sorted(self.pairs.items()):
             pairs.setdefault(target, source)
-        names = {target: vocabulary.name_of(target) for target in pairs}
+        names = {label.id: label.name for label in vocabulary.labels}  # of those without a partner too
         return Remap(source=self.target, target=self.source, summary=f"{self.target} to {self.source}", names=names,
                      pairs=pairs)  # fmt: skip
 
@@ -209,16 +211,19 @@ def remaps() -> dict[str, Remap]:
     from .plugins import plugins
 
     found: dict[str, Remap] = {"raw125": _raw_remap()}
-    for entry in sorted((files("maisi_cli") / "data" / "remaps").iterdir(), key=lambda item: item.name):
-        remap = _read_remap(tomllib.loads(entry.read_text("utf-8")), entry.name)
-        found[remap.source] = remap
-    for registered in plugins().registry("labels"):
-        if isinstance(registered.target, Mapping) and "pairs" in registered.target:
-            if registered.name in found or registered.name == "maisi":
-                raise UsageError(f"the label set {registered.name!r} of {registered.owner} comes with maisi", hint="choose another name")
-            pairs = _plugin_pairs(registered, registered.target["pairs"])
-            found[registered.name] = Remap(source=registered.name, target="maisi", summary=registered.summary,
-                                           names={key: f"id {key}" for key in pairs}, pairs=pairs)  # fmt: skip
+    for entry in plugins().registry("labels"):
+        target = entry.target
+        if isinstance(target, Mapping) and "pairs" not in target:
+            continue  # a label
+        if entry.name in ("raw125", "maisi"):
+            raise UsageError(f"the label set {entry.name!r} of {entry.owner} comes with maisi", hint="choose another name")
+        if isinstance(target, Mapping):
+            pairs = _plugin_pairs(entry, target["pairs"])
+            remap = Remap(source=entry.name, target="maisi", summary=entry.summary, names={key: f"id {key}" for key in pairs},
+                          pairs=pairs)  # fmt: skip
+        else:
+            remap = replace(_read_remap(Path(str(target))), source=entry.name)
+        found[entry.name] = remap
     return found
 
 
@@ -242,13 +247,19 @@ def _raw_remap() -> Remap:
     return Remap(source="raw125", target="maisi", summary="channels of the mask autoencoder", names=names, pairs=pairs)
 
 
-def _read_remap(data: Mapping[str, Any], where: str) -> Remap:
+def _read_remap(path: Path) -> Remap:
+    if not path.is_file():
+        raise UsageError(f"the remap table {path} does not exist", hint="see  maisi labels show totalsegmentator")
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # not TOML, or not text
+        raise UsageError(f"{path} cannot be read: {error}", hint="correct the file") from error
     try:
         names = {int(row["id"]): str(row["name"]) for row in data["label"]}
         pairs = {int(row["id"]): maisi().id(row["maisi"]) for row in data["label"] if "maisi" in row}
         return Remap(source=data["name"], target="maisi", summary=data.get("summary", ""), names=names, pairs=pairs)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{where} is not a remap table: {error}", hint="see  maisi labels show totalsegmentator") from error
+        raise UsageError(f"{path} is not a remap table: {error}", hint="see  maisi labels show totalsegmentator") from error
 
 
 def remap_table(source: str, target: str = "maisi") -> Remap:
@@ -265,14 +276,7 @@ def remap_table(source: str, target: str = "maisi") -> Remap:
     if target != "maisi":
         raise UsageError(f"labels are mapped to or from maisi, not {source} to {target}", hint="map in two steps")
     if source.endswith(".toml"):
-        path = Path(source)
-        if not path.is_file():
-            raise UsageError(f"the remap table {source} does not exist", hint="see  maisi labels show totalsegmentator")
-        try:
-            data = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:  # not TOML, or not text
-            raise UsageError(f"{source} cannot be read: {error}", hint="correct the file") from error
-        return _read_remap(data, source)
+        return _read_remap(Path(source))
     if source not in remaps():
         raise unknown("label set", source, ["maisi", *remaps()], see="maisi labels list --sets")
     return remaps()[source]

@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +257,9 @@ def modalities() -> tuple[Modality, ...]:
     """Return every modality, those of plugins included, in order of id."""
     from .plugins import plugins
 
-    data = tomllib.loads((files("maisi_cli") / "data" / "modalities.toml").read_text("utf-8"))
-    found = [Modality(**row) for row in data["modality"]]
-    for entry in plugins().registry("modalities"):
-        row = entry.target
+    found: list[Modality] = []
+    for entry in sorted(plugins().registry("modalities"), key=lambda entry: entry.owner != "maisi"):  # a clash is the plugin's
+        row: Any = entry.target
         number = row.get("id") if isinstance(row, Mapping) else None
         if not isinstance(number, int) or not 0 <= number < 128 or row.get("kind") not in ("ct", "mr"):
             raise UsageError(f"modality {entry.name!r} of {entry.owner} needs an id in 0..127 and a kind, ct or mr",
@@ -302,7 +300,7 @@ def model(name: str) -> ModelSpec:
         path = Path(name)
         if not path.is_file():
             raise UsageError(f"there is no model file {name}", hint="check the path; see  maisi models list")
-        return read_model(path)
+        return read_model.__wrapped__(path)  # as it is now: it may have changed since it was read last
     from .plugins import plugins
 
     return _registered(plugins().registry("models").entry(name))

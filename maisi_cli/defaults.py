@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
 from .hookspecs import Register, hookimpl
 
+DATA = Path(str(files("maisi_cli") / "data"))
+
 
 @hookimpl
 def register_models(register: Register) -> None:
     """Register the released models and the bundled one."""
-    for path in sorted(Path(str(files("maisi_cli") / "data" / "models")).glob("*.toml")):
+    for path in sorted((DATA / "models").glob("*.toml")):
         register(path.stem, path)
+
+
+@hookimpl
+def register_labels(register: Register) -> None:
+    """Register the tables from other vocabularies; the labels themselves are `data/anatomy.toml`."""
+    for path in sorted((DATA / "remaps").glob("*.toml")):
+        register(path.stem, path)
+
+
+@hookimpl
+def register_modalities(register: Register) -> None:
+    """Register the modalities that the released models were trained with."""
+    for row in tomllib.loads((DATA / "modalities.toml").read_text("utf-8"))["modality"]:
+        register(row["name"], row, summary=row["summary"])
 
 
 @hookimpl

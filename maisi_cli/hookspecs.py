@@ -60,7 +60,7 @@ def register_labels(register: Register) -> None:
 
     The target is a mapping. With `id` (133..199 or 201..255) it is a new label of the MAISI vocabulary; optional keys
     are `group`, `color`, `host` (name of the organ it lies in) and `regions`. With `pairs` (source id to MAISI
-    id) it is a remap table for `--labels NAME`.
+    id) it is a remap table for `--labels NAME`, as is the path of a file like that of `maisi labels show totalsegmentator`.
     """
 
 
@@ -77,14 +77,6 @@ def register_checks(register: Register) -> None:
     """Add quality checks: `register("hu-median", "maisi_cli.quality:hu_median")`.
 
     The target is a function `check(image, mask, context) -> list[Finding]`; it runs in `generate` and in `qc`.
-    """
-
-
-@hookspec
-def register_features(register: Register) -> None:
-    """Add feature extractors: networks that measure images, such as the perceptual net of `train vae`.
-
-    The target is a function `build(*, device) -> torch.nn.Module`.
     """
 
 

@@ -87,7 +87,8 @@ def map_labels(mask: Mask, source: str, target: str = "maisi", *, on_event: OnEv
     if lost:
         names = ", ".join(f"{value} {name}" for value, name in list(lost.items())[:6])
         became = "body (200)" if target == "maisi" else "background"
-        on_event(Note(text=f"{len(lost)} labels have no partner in {target} and become {became}: {names}", level="warning"))
+        have, become = ("label has", "becomes") if len(lost) == 1 else ("labels have", "become")
+        on_event(Note(text=f"{len(lost)} {have} no partner in {target} and {become} {became}: {names}", level="warning"))
     return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary=target)
 
 

@@ -27,7 +27,6 @@ KINDS: dict[str, tuple[str, str]] = {
     "labels": ("label", "maisi labels list"),
     "modalities": ("modality", "maisi labels list --modalities"),
     "checks": ("check", "maisi plugins list"),
-    "features": ("feature extractor", "maisi plugins list"),
     "formats": ("format", "maisi plugins list"),
     "presets": ("preset", "maisi presets list"),
     "executors": ("executor", "maisi plugins list"),
@@ -116,8 +115,9 @@ def _enlist(
     except ValueError as error:  # its name is that of another plugin, or it is installed twice
         return (), f"skipped, {error}"
     except pluggy.PluginValidationError as error:
-        manager.unregister(plugin)
-        return (), f"skipped, {error}"
+        if manager.is_registered(plugin):  # older pluggy has taken it in before it looks
+            manager.unregister(plugin)
+        return (), f"skipped, {' '.join(str(error).split())}"
     before = {kind: set(registry.names()) for kind, registry in registries.items()}
     try:
         return _fill(registries, plugin, manager, owner=owner), None

@@ -54,8 +54,10 @@ class Preset:
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """The body regions of a region preset."""
-        return tuple(self.values.get("anatomy", {}).get("regions", ()))
+        """The body regions of a region preset, by the names of `anatomy.REGIONS`."""
+        from .anatomy import REGIONS, region_index
+
+        return tuple(REGIONS[region_index(name)] for name in self.values.get("anatomy", {}).get("regions", ()))
 
     @property
     def modality(self) -> str:
@@ -100,7 +102,7 @@ def _kind_of(path: Path) -> str | None:
 
 def presets(kind: str) -> list[Preset]:
     """Return every preset of a kind (`region`, `gpu`, `train`), sorted by name."""
-    return [read(path, name=name) for name, path in sorted(_sources(kind).items())]
+    return [_current(path, name) for name, path in sorted(_sources(kind).items())]
 
 
 def preset(name: str, kind: str) -> Preset:
@@ -108,17 +110,22 @@ def preset(name: str, kind: str) -> Preset:
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise UsageError(f"there is no preset file {name}", hint="check the path; see  maisi presets list")
-        found = read(Path(name))
+        found = _current(Path(name))
     else:
         sources = _sources(kind)
         # a file of the user's that is not TOML or of another kind is no source, but it is what is meant
         own = [path for folder in _own_folders() if (path := folder / f"{name}.toml").is_file()]
         if name not in sources and not own:
             raise unknown(f"{kind} preset", name, sources, see=f"maisi presets list --kind {kind}")
-        found = read(sources[name] if name in sources else own[-1], name=name)
+        found = _current(sources[name] if name in sources else own[-1], name)
     if found.kind != kind:
         raise UsageError(f"preset {name} is a {found.kind} preset, not a {kind} preset", hint=f"see  maisi presets list --kind {kind}")
     return found
+
+
+def _current(path: Path, name: str | None = None) -> Preset:
+    """Return a preset as its file is now: those that come with `maisi` do not change while it runs, others do."""
+    return (read if path.is_relative_to(shipped()) else read.__wrapped__)(path, name=name)
 
 
 @cache
@@ -227,7 +234,7 @@ def _wrong_rows(rows: Any) -> list[str]:
     """Return the problems of the measured rows of a GPU preset."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return ["measured is not a list of tables [[measured]]"]
-    problems = []
+    problems: list[str] = []
     for number, row in enumerate(rows, 1):
         problems.extend(_misspelt(f"measured.{key}", [f"measured.{each}" for each in MEASURED]) for key in row if key not in MEASURED)
         for key, kind in MEASURED.items():

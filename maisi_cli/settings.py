@@ -104,8 +104,22 @@ class Resolved:
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    return tuple(str(part).strip() for part in parts if str(part).strip())
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple, set, frozenset)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("it must be names joined by commas, or a list of them")
+    return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+def _regions(value: Any) -> tuple[str, ...]:
+    from .anatomy import REGIONS, region_index
+
+    return tuple(dict.fromkeys(REGIONS[region_index(name)] for name in _words(value)))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (bool, list, dict)):
+        raise ValueError("it must be text")
+    return str(value)
 
 
 def _truth(value: Any) -> bool:
@@ -183,7 +197,7 @@ def _formats(value: Any) -> tuple[str, ...]:
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "mode": _one_of("paired", "image", "mask"), "size": parse_size, "spacing": parse_mm,
-    "fov": lambda value: parse_mm(value, "fov"), "regions": _words, "anatomy": _words, "cfg_modality": _number(0),
+    "fov": lambda value: parse_mm(value, "fov"), "regions": _regions, "anatomy": _words, "cfg_modality": _number(0),
     "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _formats, "preview": _truth,
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
     "window": _window, "overlap": _number(0, 1), "device": _device, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
@@ -202,7 +216,7 @@ def parse_value(key: str, value: Any, origin: str) -> Any:
     if value is None:
         return None
     try:
-        return _PARSERS.get(key, str)(value)
+        return _PARSERS.get(key, _text)(value)
     except UsageError as error:
         raise UsageError(f"{error.message} (from {origin})", hint=error.hint) from error
     except (TypeError, ValueError) as error:
@@ -347,7 +361,7 @@ def resolve(
             origins[key] = Setting(value=None, origin="default")
             continue
         value, where = stack[-1]
-        hidden = tuple((v, o) for v, o in reversed(stack[:-1]) if o != "default" or v != value)
+        hidden = tuple((v, o) for v, o in reversed(stack[:-1]) if o != "default" or all(v != each for each, _ in stack[1:]))
         origins[key] = Setting(value=value, origin=where, hides=hidden)
     if not own_mask:
         _settle_geometry(origins, [region_layer.origin], [layer.origin for layer in layers], spec, notes)
@@ -416,7 +430,8 @@ def _settle_geometry(
     from a preset is scaled to the model's limits at constant field of view; a typed size never is.
     """
     names = ("size", "spacing", "fov")
-    typed = [name for name in names if origins[name].value is not None and origins[name].origin not in preset_origins]
+    above = max(order.index(origin) for origin in preset_origins)
+    typed = [name for name in names if origins[name].value is not None and order.index(origins[name].origin) > above]
     base_size, base_spacing = (_layer_value(origins[name], preset_origins) for name in ("size", "spacing"))
     if len(typed) == 3:
         ranks = {name: order.index(origins[name].origin) for name in names}
@@ -467,7 +482,7 @@ def _layer_value(setting: Setting, preset_origins: Sequence[str]) -> Any:
 def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
     """Check what is a name of something registered, and what the model must know."""
     from . import catalog
-    from .anatomy import maisi, region_index, remap_table
+    from .anatomy import maisi, remap_table
     from .plugins import plugins
 
     registered = plugins()
@@ -479,8 +494,6 @@ def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
         registered.registry("mask_sources").entry(str(origins["mask_source"].value))
     for name in origins["anatomy"].value:
         maisi().id(name)
-    for region in origins["regions"].value:
-        region_index(region)
     shard = origins["shard"].value
     if shard is not None:
         parse_shard(str(shard))
@@ -518,6 +531,15 @@ def _check_together(origins: dict[str, Setting]) -> None:
             )
         if value("mask_source") not in ("auto", "file"):
             raise UsageError(f"--mask-source {value('mask_source')} and --mask exclude each other", hint="leave one out")
+    if value("mode") == "image" and typed("mask_source") and value("mask_source") != "auto":
+        raise UsageError("--mode image makes an image without a mask", hint="use --mode paired, or leave --mask-source out")
+    if value("mode") == "mask" and typed("keep_latent") and value("keep_latent"):
+        raise UsageError("--mode mask makes no latent that could be kept", hint="use --mode paired, or leave --keep-latent out")
+    if value("on_qc_fail") != "retry" and typed("retries") and value("retries"):
+        raise UsageError(
+            f"--retries {value('retries')} would go unused with --on-qc-fail {value('on_qc_fail')}",
+            hint="use --on-qc-fail retry, or leave --retries out",
+        )
     if value("mode") == "image" and typed("anatomy") and value("anatomy"):
         raise UsageError("--mode image makes no mask that could hold --anatomy", hint="use --mode paired, or leave --anatomy out")
     own = ("command line", "--set", "environment", PROJECT_FILE, "user config")

@@ -118,6 +118,7 @@ class _Run:
 
     def require(self) -> None:
         """Refuse what this machine cannot do, and tell the choices that were made for the user."""
+        self._require_sampler()
         require_folder(self.out)
         require_weights(self.spec, self.settings.mode)
         self.files = weights.locate(self.spec, self.parts)
@@ -128,6 +129,16 @@ class _Run:
             self.tell(Note(text=note))
         if not self.parts and self.plan.choice("device") != "cpu":
             self.tell(Note(text="mode mask runs no network: it uses the processor, not the GPU"))
+
+    def _require_sampler(self) -> None:
+        """Refuse a sampler of another family than the one that the networks were trained for: it would make noise."""
+        samplers, own = plugins().registry("samplers"), str(self.spec.scheduler.get("name", "rflow"))
+        family, wanted = (sampling.family_of(samplers.get(name)) for name in (self.settings.scheduler, own))
+        if family != wanted:
+            raise UsageError(
+                f"model {self.spec.name} was trained for the scheduler {own}, of another family than {self.settings.scheduler}",
+                hint=f"use --scheduler {own}, or leave it out",
+            )
 
     def tell(self, event: Event) -> None:
         """Pass an event on to the caller and to plugins that listen."""

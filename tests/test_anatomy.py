@@ -275,7 +275,7 @@ def test_of_ids_that_share_a_target_the_lowest_is_taken_back():
     remap = Remap(source="own", target="maisi", summary="", names={}, pairs={9: 1, 4: 1, 5: 3})
     assert remap.many_to_one() == {1: (9, 4)}
     assert remap.inverse().pairs == {1: 4, 3: 5}
-    assert remap.inverse().names == {1: "liver", 3: "spleen"}
+    assert remap.inverse().unmapped([1, 7, 3, 4]) == {4: "pancreas", 7: "inferior vena cava"}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,19 @@ def test_a_plugin_adds_a_label_and_a_label_set(with_plugin):
     assert remap_table("own set").summary == "of a test"
 
 
+def test_a_plugin_adds_a_label_set_from_a_file(with_plugin, tmp_path: Path):
+    path = tmp_path / "other.toml"
+    path.write_text(OWN + '[[label]]\nid = 4\nname = "Leber"\nmaisi = "liver"\n')
+    with_plugin(german=path)
+    assert (remap_table("german").source, remap_table("german").pairs) == ("german", {4: 1})
+    assert remap_table("maisi", "german").target == "german"
+
+
+def test_a_label_set_with_the_name_of_a_shipped_one_names_both_owners(with_plugin):
+    with pytest.raises(UsageError, match="'totalsegmentator': maisi and acme"):
+        with_plugin(totalsegmentator={"pairs": {1: 1}})
+
+
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
@@ -348,6 +361,7 @@ def test_a_plugin_adds_a_label_and_a_label_set(with_plugin):
         ({"Liver": {"id": 140}}, "label 1 of maisi"),
         ({"one": {"id": 140}, "two": {"id": 140}}, "already 'one'"),
         ({"new": {"id": 140, "host": "livr"}}, "'liver'"),
+        ({"new": {"idd": 140}}, "neither an id nor pairs"),
     ],
 )
 def test_labels_that_clash_are_refused_with_their_owner(labels, says, with_plugin):
@@ -360,7 +374,7 @@ def test_labels_that_clash_are_refused_with_their_owner(labels, says, with_plugi
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ({"totalsegmentator": {"pairs": {1: 1}}}, "comes with maisi"),
+        ({"raw125": {"pairs": {1: 1}}}, "comes with maisi"),
         ({"maisi": {"pairs": {1: 1}}}, "comes with maisi"),
         ({"own": {"pairs": {1: 999}}}, "maps to 999"),
         ({"own": {"pairs": {"one": 1}}}, "not a remap table"),

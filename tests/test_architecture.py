@@ -22,7 +22,8 @@ def test_imports_point_inward() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["presets", "list"], ["recommend-spacing"], ["gpu-plan", "--preset", "chest"], ["generate", "--mode", "mask", "-n"]]
+    "words",
+    [["--help"], ["presets", "list"], ["recommend-spacing"], ["gpu-plan", "--preset", "chest"], ["generate", "--mode", "mask", "-n"]],
 )
 def test_the_front_loads_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     code = f"import sys; from maisi_cli.cli import run; code = run({words!r}); print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr); sys.exit(code)"

@@ -416,6 +416,13 @@ def test_a_minimal_file_of_ones_own_is_a_model(tmp_path: Path):
     assert model(str(path)).modes == ("paired", "image")
 
 
+def test_a_file_of_ones_own_is_read_again_when_it_changes(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    for summary in ("one", "two"):
+        path.write_text(MINIMAL.replace("[networks.vae]", f'summary = "{summary}"\n[networks.vae]'))
+        assert model(str(path)).summary == summary
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

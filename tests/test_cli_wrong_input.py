@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from maisi_cli import cli, presets
+from maisi_cli import cli, planning, presets
 from maisi_cli.testing import TINY, tiny_model
 
 BODY = 200
@@ -66,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "list.json").write_text('{"training": [{"image": "absent.nii.gz", "spacing": [1, 1, 1]}]}')
     (folder / "full").mkdir()
     (folder / "full" / "s_record.json").write_text("{}")
+    (folder / "full" / "alone_label.nii.gz").write_bytes((folder / "body.nii.gz").read_bytes())
     return folder
 
 
@@ -128,6 +129,8 @@ NAMES = [
     ("generate --scheduler rflw", "no scheduler named 'rflw'", "'rflow'"),
     ("generate --executor ray", "no executor named 'ray'", "maisi plugins list"),
     ("generate --format dicom", "no format named 'dicom'", "maisi plugins list"),
+    ("generate --format nifti,dicom", "no format named 'dicom'", "maisi plugins list"),
+    ("generate --mask-source database", "no mask source named 'database'", "maisi plugins list"),
     ("generate --mask-source diffusion", "no mask source named 'diffusion'", "maisi plugins list"),
     ("generate --labels total", "no label set named 'total'", "'totalsegmentator'"),
     (f"{TINY_MASK} body.nii.gz --labels total", "no label set named 'total'", "'totalsegmentator'"),
@@ -135,7 +138,23 @@ NAMES = [
     ("data chek list.json", "no such command 'chek'", "maisi data --help"),
     ("train vea --data list.json --out new", "did you mean 'vae'", "maisi train --help"),
     ("train mask-vae --data list.json --out new", "no such command 'mask-vae'", "maisi train --help"),
+    ("train mask-dm --data list.json --out new", "no such command 'mask-dm'", "maisi train --help"),
+    ("train vae --data list.json --out new --gpus 2", "no such option: --gpus", "maisi train vae --help"),
+    ("data check list.json", "no such command 'check'", "maisi data --help"),
     ("models pull rflow-ct", "no such command 'pull'", "maisi models --help"),
+    ("models verify rflow-ct", "no such command 'verify'", "maisi models --help"),
+    ("models remove rflow-ct", "no such command 'remove'", "maisi models --help"),
+    ("models import notes.txt", "no such command 'import'", "maisi models --help"),
+    ("models export rflow-ct", "no such command 'export'", "maisi models --help"),
+    ("plugins new mine", "no such command 'new'", "maisi plugins --help"),
+    ("report full", "no such command 'report'", "maisi --help"),
+    ("export-trt --model rflow-ct", "no such command 'export-trt'", "maisi --help"),
+    ("gpu-plan --stage train", "no such option: --stage", "maisi gpu-plan --help"),
+    ("gpu-plan --splits 2", "no such option: --splits", "maisi gpu-plan --help"),
+    ("gpu-plan --compat reference", "no such option: --compat", "maisi gpu-plan --help"),
+    ("gpu-plan --simulate", "no such option: --simulate", "maisi gpu-plan --help"),
+    ("gpu-plan --measure", "no such option: --measure", "maisi gpu-plan --help"),
+    ("labels add-body body.nii.gz new.nii.gz --ct body.nii.gz --hu -500", "no such option: --hu", "maisi labels add-body --help"),
 ]
 """Misspelt names, and what the contract names but is not there yet."""
 
@@ -158,6 +177,10 @@ VALUES = [
     ("generate --format ,", "--format ','", "nifti"),
     ("generate --shard 4/3 --seed 1", "--shard '4/3'", "--shard 3/16"),
     ("generate --shard 0/3 --seed 1", "--shard '0/3'", "--shard 3/16"),
+    ("generate --shard 1/0 --seed 1", "--shard '1/0'", "--shard 3/16"),
+    ("generate --shard -1/3 --seed 1", "--shard '-1/3'", "--shard 3/16"),
+    ("generate --shard 1/3/5 --seed 1", "--shard '1/3/5'", "--shard 3/16"),
+    ("generate --shard 3 --seed 1", "--shard '3'", "--shard 3/16"),
     ("generate --shard 1/3", "--shard needs the seed", "--seed S"),
     ("generate --device gpu", "--device 'gpu'", "auto, cpu, cuda, cuda:1 or mps"),
     ("generate --device meta", "--device 'meta'", "auto, cpu, cuda, cuda:1 or mps"),
@@ -174,6 +197,10 @@ VALUES = [
     ("generate --mask body.nii.gz --mask-source phantom", "exclude each other", "leave one out"),
     ("generate --mask body.nii.gz --mode image", "--mode image", "leave --mask out"),
     ("generate --mask body.nii.gz --size 32x32x32", "--size and --mask exclude each other", "leave --size out"),
+    ("generate --mode image --mask-source phantom", "--mode image makes an image without a mask", "leave --mask-source out"),
+    ("generate --mode mask --keep-latent", "--mode mask makes no latent", "leave --keep-latent out"),
+    ("generate --on-qc-fail keep --retries 5", "--retries 5 would go unused", "leave --retries out"),
+    (f"{TINY_VOLUME} --scheduler ddpm", "trained for the scheduler rflow", "--scheduler rflow"),
     ("generate --mode image --anatomy liver", "--mode image makes no mask", "leave --anatomy out"),
     (f"{TINY_VOLUME} --name a/b", "makes the file name 'a/b'", "slashes"),
     (f"{TINY_VOLUME} --name .hidden", "makes the file name '.hidden'", "leading dots"),
@@ -186,6 +213,7 @@ VALUES = [
     (f"{TINY_VOLUME} --out notes.txt", "notes.txt is a file", "another --out"),
     (f"{TINY_VOLUME} --out notes.txt/deeper", "notes.txt is a file", "another --out"),
     (f"{TINY_VOLUME} --out full --name s", "already exists", "--force"),
+    (f"{TINY_VOLUME} --out full --name alone", "alone_label.nii.gz already exists", "--force"),
     (f"{TINY_VOLUME} --out full --name s --resume", "s_record.json", "maisi wrote"),
     (f"{TINY_VOLUME} --model argument.toml", "num_res_block", "model file"),
     ("generate --config missing.json", "missing.json does not exist", "*_record.json"),
@@ -196,6 +224,9 @@ VALUES = [
     ("generate --set steps=few", "--steps 'few' (--set)", "whole number"),
     ("generate --set steps=2.5", "--steps 2.5 (--set)", "whole number"),
     ("generate --set steps=true", "--steps True (--set)", "whole number"),
+    ("generate --set format=3", "--format 3 (--set)", "names joined by commas"),
+    ("generate --set anatomy=[1]", "--anatomy [1] (--set)", "names joined by commas"),
+    ("generate --set out=[1]", "--out [1] (--set)", "must be text"),
     ("generate --set overlap=half", "--overlap 'half' (--set)", "must be a number"),
     ("generate --set volum.size=1x1x1", "no table 'volum'", "volume"),
     ("generate --set volume.size=[1,2]", "size [1, 2]", "512x512x128"),
@@ -247,6 +278,8 @@ VOLUMES = [
     ("--model tiny.toml --size 32x32 --spacing 12", "three numbers joined by x", "512x512x128"),
     ("--model tiny.toml --size 32.5x32x32 --spacing 12", "not in whole voxels", "512x512x128"),
     ("--model tiny.toml --size 32 --spacing -1", "spacing '-1'", "1.5x1.5x2"),
+    ("--model tiny.toml --size 32 --spacing nan", "spacing 'nan'", "1.5x1.5x2"),
+    ("--model tiny.toml --size 32 --fov 384mm", "fov '384mm'", "1.5x1.5x2"),
 ]
 
 MASKS = [
@@ -320,6 +353,19 @@ def test_devices_that_this_machine_does_not_have(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     refused(f"{TINY_VOLUME} {flags}", 3, "this machine has no", "--device cpu", capsys)
+
+
+@pytest.mark.parametrize(("flags", "code"), [("--device cuda", 3), ("--device mps", 3), ("--gpu 24g", 0), ("--device cuda --gpu 24g", 0)])
+def test_a_dry_run_refuses_a_device_that_is_not_here_and_plans_for_one_elsewhere(
+    flags: str, code: int, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "detect", lambda: planning.Gpu(name="processor", kind="cpu", memory_gib=8.0))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert cli.run(shlex.split(f"{TINY_VOLUME} {flags} --dry-run")) == code
+    text = capsys.readouterr()
+    assert "volume 32x32x32 voxels" in text.out  # the plan is shown all the same
+    assert text.err.count("error: ") == (code == 3)
+    assert ("this machine has no" in text.err) == (code == 3)
 
 
 def test_a_folder_that_may_not_be_written_to(

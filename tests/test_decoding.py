@@ -187,14 +187,15 @@ def u04(shared: Shared) -> Golden:
     return case(shared, "u04_networks")
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_slabs_and_whole_convolutions_decode_and_encode_as_the_reference(shared: Shared, u04: Golden, splits: int) -> None:
-    """One split is our network as it is used; four are MONAI's own modules."""
-    nets = networks(shared, "rflow", "unet", "vae", fast=splits == 1)
+@pytest.mark.parametrize(("splits", "family"), [(1, "rflow"), (2, "ddpm"), (4, "rflow")])
+def test_slabs_and_whole_convolutions_decode_and_encode_as_the_reference(shared: Shared, u04: Golden, splits: int, family: str) -> None:
+    """One split is our network as it is used; two and four are MONAI's own modules. Both families share the autoencoder."""
+    nets = networks(shared, family, "unet", "vae", fast=splits == 1)
     assert {part.num_splits for part in nets.parts["vae"].modules() if hasattr(part, "num_splits")} == {splits}
     call: Callable[..., Any] = nets.parts["vae"].decode_stage_2_outputs  # type: ignore[assignment]
     with torch.inference_mode():
         assert close(call(u04.tensor("latent")), u04.tensor(f"ae_decode_splits{splits}"))
+        assert close(nets.parts["vae"].encode(u04.tensor("image"))[1], u04.tensor("ae_sigma"))  # type: ignore[operator]
     latent = nets.encode(u04.tensor("image"))
     assert close(latent / nets.scale_factor, u04.tensor("ae_mu"))
     if splits == 1:

@@ -92,6 +92,20 @@ def test_in_half_precision_the_image_is_the_reference_s_but_for_rounding(shared:
     assert 1e-5 < worst(decode(nets, corner), exact) < 0.03
 
 
+@pytest.mark.slow
+def test_a_whole_run_in_half_precision_ends_within_its_rounding_of_the_reference_s_image(shared: Shared) -> None:
+    golden = case(shared, "p10_image_only_rflow_64_fp16ac")
+    half = Precision.named("fp16", CPU)
+    made = sample(shared, golden, precision=half)
+    assert len(made) == golden.meta["config"]["num_inference_steps"]
+    assert max(deviations(golden, made)) < 3e-3
+    nets = networks(shared, "rflow", "unet", "vae", precision=half)
+    intensity = decode(nets, made[-1], decoder=reference_decoder(made[-1].shape[2:], REFERENCE_WINDOW))
+    away = np.abs(to_hu(intensity, "ct") - to_hu(golden.tensor("decode_output"), "ct"))
+    assert float(away.max()) < 13
+    assert float(away.mean()) < 0.9
+
+
 # --- labels -----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ def test_full_size_networks_have_the_keys_and_shapes_of_the_released_ones(
         made = {key: list(value.shape) for key, value in network.state_dict().items()}
         assert list(made.items()) == list(wanted.items()), part
         assert sum(parameter.numel() for parameter in network.parameters()) == totals[table]["parameters"]
+
+
+def test_every_model_that_is_not_our_own_is_held_against_a_table() -> None:
+    described = {path.name for path in (files("maisi_cli") / "data" / "models").iterdir() if path.name.endswith(".toml")}
+    assert described - {"nano-ct.toml"} == {f"{name}.toml" for name, _, _ in TABLES}
 
 
 @pytest.mark.parametrize("family", ["rflow", "ddpm"])

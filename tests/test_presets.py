@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,6 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MAISI_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MAISI_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
-    presets.read.cache_clear()  # it is keyed by paths, which are relative to the folder
     return tmp_path
 
 
@@ -285,7 +285,7 @@ def test_a_preset_inherits_all_but_the_evidence(alone):
 
 @pytest.mark.parametrize("names", [("one", "two", "one"), ("one", "two", "three", "one")])
 def test_a_circle_of_presets_is_refused(names, alone):
-    for name, below in zip(names, names[1:], strict=False):
+    for name, below in pairwise(names):
         write(alone / "maisi-presets" / f"{name}.toml", REGION + f'extends = "{below}"\n' + VOLUME)
     with pytest.raises(UsageError, match="extends itself"):
         preset("one", "region")
@@ -332,8 +332,21 @@ def test_a_preset_is_read_from_a_file_and_must_be_of_its_kind(alone):
     assert preset(str(path), "region").name == "mine"
     with pytest.raises(UsageError, match="is a region preset, not a gpu preset"):
         preset(str(path), "gpu")
-    with pytest.raises(UsageError, match="no preset file absent.toml"):
+    with pytest.raises(UsageError, match="no preset file absent"):
         preset("absent.toml", "region")
+
+
+def test_a_preset_is_read_again_when_its_file_or_the_folder_changes(alone, monkeypatch):
+    path = Path("maisi-presets") / "mine.toml"
+    write(path, REGION + VOLUME)
+    assert preset("mine", "region").geometry.size == preset(str(path), "region").geometry.size == (512, 512, 128)
+    write(path, REGION + VOLUME.replace("128", "256"))
+    assert preset("mine", "region").geometry.size == preset(str(path), "region").geometry.size == (512, 512, 256)
+    (alone / "elsewhere").mkdir()
+    monkeypatch.chdir(alone / "elsewhere")
+    write(path, REGION + VOLUME.replace("128", "384"))
+    assert preset("mine", "region").geometry.size == preset(str(path), "region").geometry.size == (512, 512, 384)
+    assert preset("chest", "region") is preset("chest", "region")
 
 
 @pytest.mark.parametrize(
@@ -379,10 +392,15 @@ def test_a_size_that_the_model_cannot_make_is_out_of_distribution_whatever_its_f
 
 def test_rows_come_with_the_most_common_training_data_first():
     rows = rank()
-    assert [row["preset"] for row in rows[: len(CT)]] == [*CT][:6] + ["abdomen", "head-chest-abdomen-lower", "head-chest"]
+    assert [row["preset"] for row in rows[: len(CT)]] == [*[*CT][:6], "abdomen", "head-chest-abdomen-lower", "head-chest"]
     scans = [row["scans"] for row in rows[len(CT) :]]
     assert scans == sorted(scans, reverse=True)
     assert len(rows) == len(REGION_NAMES)
+
+
+def test_regions_go_by_their_usual_names_whatever_a_file_calls_them(alone):
+    text = REGION + VOLUME + '[anatomy]\nregions = ["Thorax", "pelvis"]\n'
+    assert preset(str(write(alone / "mine.toml", text)), "region").regions == ("chest", "lower")
 
 
 @pytest.mark.parametrize(

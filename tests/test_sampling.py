@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maisi_cli.errors import UsageError
 from maisi_cli.sampling import FAMILIES, Schedule, ddpm, ddpm_alphas, ddpm_schedule, euler, family_of, flow_schedule, initial_noise
-from maisi_cli.train.diffusion import mix
+from maisi_cli.train import TrainSettings
+from maisi_cli.train.diffusion import draw_times, mix
 from torch import Tensor
 
 from .golden import Golden, Shared, case, close
@@ -59,6 +60,14 @@ def test_noise_is_added_as_the_reference_does(u00: Golden) -> None:
     assert close(mix(data, noise, u00.tensor("t_rflow")), u00.tensor("rflow_add_noise"))
     alpha = ddpm_alphas()[u00.tensor("t_ddpm")].reshape(-1, 1, 1, 1, 1)
     assert close(alpha**0.5 * data + (1 - alpha) ** 0.5 * noise, u00.tensor("ddpm_add_noise"))
+
+
+@pytest.mark.parametrize("size", [(64, 64, 32), (6, 5, 4)])
+def test_times_in_training_are_shifted_as_the_reference_does(u00: Golden, monkeypatch: pytest.MonkeyPatch, size: tuple[int, ...]) -> None:
+    u = u00.tensor("rflow_sample_timesteps_u")
+    monkeypatch.setattr(torch, "rand", lambda _count: u)
+    made = draw_times(TrainSettings(kind="dm", timesteps="uniform"), [math.prod(size)] * len(u))
+    assert close(made, u00.tensor(f"rflow_sample_timesteps_{'x'.join(map(str, size))}"))
 
 
 def test_ddpm_tables_are_the_reference_s(u00: Golden) -> None:

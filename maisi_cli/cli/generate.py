@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,10 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
     plan = planning.plan(resolved, geometry=geometry)
     problem: CannotRun | None = None
     try:
-        settings.require_weights(catalog.model(chosen.model), chosen.mode)
+        spec = catalog.model(chosen.model)
+        settings.require_weights(spec, chosen.mode)
+        if spec.parts_for(chosen.mode):
+            _require_device(chosen, plan)
         planning.require_fit(plan)
     except CannotRun as error:
         problem = error
@@ -160,6 +164,16 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
         output.fail(problem.message, problem.hint)
         return problem.exit_code
     return 0
+
+
+def _require_device(chosen: Any, plan: Any) -> None:
+    """Refuse a device that is named and not here; a GPU preset plans for a machine that may be elsewhere."""
+    from ..errors import CannotRun
+
+    if chosen.device.startswith("cuda") and chosen.gpu == "auto" and plan.gpu.kind != "cuda":
+        raise CannotRun("this machine has no GPU that the NVIDIA driver reports", hint="use --device cpu, or plan with --gpu 24g")
+    if chosen.device == "mps" and sys.platform != "darwin":
+        raise CannotRun("this machine has no MPS device", hint="use --device cpu")
 
 
 def _mm(values: Any) -> str:

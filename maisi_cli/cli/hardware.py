@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,12 +134,14 @@ def _measure(folder: Path) -> dict[str, Any]:
     if not grids:
         found = f"none of its {len(paths)} NIfTI files can be read: {skipped[0]['problem']}" if paths else "it holds no .nii.gz or .nii"
         raise UsageError(f"{folder}: {found}", hint="give the folder that holds your .nii.gz files")
+    from statistics import median
+
     per_axis = [[grid.fov_mm[axis] for grid in grids] for axis in range(3)]
     return {
         "path": str(folder),
         "files": len(grids),
         "skipped": skipped,
-        "fov_mm": [round(statistics.median(axis), 3) for axis in per_axis],
+        "fov_mm": [round(median(axis), 3) for axis in per_axis],
         "fov_min_mm": [round(min(axis), 3) for axis in per_axis],
         "fov_max_mm": [round(max(axis), 3) for axis in per_axis],
     }
