@@ -251,6 +251,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, m
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_is_left_out_and_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, said = [], []
+
+    class Broken(torch.autograd.Function):
+        """The value as it is, with a gradient of infinity."""
+
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * math.inf
+
+    def sometimes(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
+        calls.append(kind)
+        loss = losses.distance(prediction, target, kind)
+        return Broken.apply(loss) if bad(len(calls)) else loss  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(diffusion, "distance", sometimes)
+    bad = (2).__eq__
+    run(folder, "dm", tmp_path / "run", on_event=said.append)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    assert sum("left out a batch" in getattr(event, "text", "") for event in said) == 1
+    calls.clear()
+    bad = (1).__le__
+    with pytest.raises(MaisiError, match="5 steps in a row"):
+        run(folder, "dm", tmp_path / "all")
+
+
 def test_time_limit_ends_the_run(folder: Path, tmp_path: Path) -> None:
     run(folder, "dm", tmp_path / "run", steps=10**6, max_minutes=0.01)
     steps = [row for row in rows_of(tmp_path / "run") if "loss" in row]
@@ -283,7 +315,7 @@ def test_training_improves_validation(folder: Path, tmp_path: Path, kind: str, b
     for name in ("list.json", "latents.json"):  # nothing held out: learning by heart is what counts here
         rows = json.loads((tmp_path / "data" / name).read_text("utf-8"))["training"]
         (tmp_path / "data" / name).write_text(json.dumps({"training": [{**row, "fold": 1} for row in rows]}), "utf-8")
-    changes = {"steps": 60, "lr": 5e-3, "batch_size": 4, "validate_every": 10, "ema_decay": 0.9}
+    changes = {"steps": 60, "lr": 5e-3, "batch_size": 4, "whole_share": 0.3, "validate_every": 10, "ema_decay": 0.9}
     out = tmp_path / "run"
     train(kind, data=tmp_path / "data", out=out, overrides=overrides(folder, kind, **changes))
     scores = [row["val_score"] for row in rows_of(out) if "val_score" in row]

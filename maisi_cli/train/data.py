@@ -162,7 +162,9 @@ def encode(
     target = folder / "latents.json"
     refuse_overwriting(target, force=force)
     where = device_named(device)
-    networks = load(_unit_scale(spec), ["vae"], device=where, precision=Precision.named("auto", where), files=files)
+    networks = load(
+        _unit_scale(spec), ["vae"], device=where, precision=Precision.named("fp32" if where.type == "cpu" else "auto", where), files=files
+    )
     on_event(Stage(name="encode", detail=f"{len(cases)} cases"))
     rows = []
     for done, case in enumerate(cases, 1):

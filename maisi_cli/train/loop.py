@@ -27,6 +27,7 @@ from . import TrainSettings
 
 STATE = "state.pt"
 LOG = "log.jsonl"
+_SPOILED_AT_MOST = 5
 _STATE_KEYS = ("schema", "settings", "step", "elapsed_s", "model", "average", "optimiser", "numpy_rng", "torch_rng", "best")
 
 
@@ -64,7 +65,8 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
 
     `out` gets `state.pt` (everything that resuming needs), `log.jsonl` and `<part>.safetensors` of each part. Two runs of N and M
     steps, the second resumed, give bit-equal weights to one of N + M on a CPU. SIGTERM and Ctrl-C save the state first.
-    Raises `UsageError` when `resume` finds parts missing or other settings, and `MaisiError` when the loss is not finite.
+    Raises `UsageError` when `resume` finds parts missing or other settings, and `MaisiError` when the loss
+    is not finite, or the gradient several times in a row.
     """
     accelerator = Accelerator(mixed_precision=settings.precision, cpu=_device(settings) == "cpu")
     device = accelerator.device
@@ -76,7 +78,7 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99))
     prepared, optimiser = accelerator.prepare(network, optimiser)
     average = {key: value.detach().clone() for key, value in network.state_dict().items()}
-    step, before_s, best = 0, 0.0, math.inf
+    step, before_s, best, spoiled = 0, 0.0, math.inf, 0
     if state_file is not None:
         step, before_s, best = _restore(state_file, settings, network, average, optimiser, rng)
         on_event(Note(text=f"resumed {task.name} at step {step} from {state_file}"))
@@ -112,6 +114,16 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise MaisiError(f"the loss of {task.name} is {value} at step {step}", hint=f"lower train.lr and resume from {out / STATE}")
+            if norm is not None and not math.isfinite(float(norm)):
+                # seen with bf16 on processors, with a loss as usual: such a gradient would spoil all weights
+                spoiled += 1
+                if spoiled >= _SPOILED_AT_MOST:
+                    raise MaisiError(f"the gradient of {task.name} is not finite, {spoiled} steps in a row, at step {step}",
+                                     hint=f"resume from {out / STATE} with a smaller train.lr")  # fmt: skip
+                on_event(Note(text=f"left out a batch at step {step}: its gradient is not finite", level="warning"))
+                optimiser.zero_grad(set_to_none=True)
+                continue
+            spoiled = 0
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             step += 1
