@@ -125,6 +125,7 @@ def test_splits_of_monai_s_convolutions_do_what_the_reference_saw(shared: Shared
         assert torch.allclose(made, run(plain), atol=5e-5)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 256), splits=st.integers(1, 20))
 def test_splits_that_are_named_are_valid(rows: int, splits: int) -> None:
     try:

@@ -189,7 +189,7 @@ def test_networks_that_cannot_be_built_say_why(described: NetworkSpec, message: 
 # --- conditions ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), channels=st.integers(1, 8))
 def test_binarised_labels_are_numpy_s_bits(seed: int, channels: int) -> None:
     labels = np.random.default_rng(seed).integers(0, 2**channels, (2, 1, 3, 4, 5)).astype(np.uint8)
@@ -248,6 +248,7 @@ SPACING = (1.0, 1.1, 1.3)
 TUMOR, NONE = torch.full((1, 1, 8, 8, 8), 255, dtype=torch.uint8), torch.ones(1, 1, 8, 8, 8, dtype=torch.uint8)
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 20).filter(lambda scale: scale != 1))
 def test_guidance_goes_from_the_unconditional_towards_the_conditional_prediction(scale: float) -> None:
     """u + s (c - u): the stand-in predicts its class, 9 with the modality and 0 without."""

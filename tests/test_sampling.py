@@ -94,7 +94,7 @@ def test_one_ddpm_step_is_the_reference_s(u00: Golden, t: int) -> None:
 # --- rectified flow -----------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(steps=st.integers(1, 200), size=st.tuples(sides, sides, sides), base=st.sampled_from([16**3, 32**3]))
 def test_times_of_a_flow_fall_from_1000_and_widths_add_up_to_one(steps: int, size: tuple[int, int, int], base: int) -> None:
     made = flow_schedule(steps, size, base_voxels=base)
@@ -114,7 +114,7 @@ def test_a_latent_of_the_base_size_has_even_steps() -> None:
     assert flow_schedule(4, (32, 32, 32)).widths.tolist() == pytest.approx([0.25] * 4)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(steps=st.integers(1, 60), size=st.tuples(sides, sides, sides))
 def test_euler_is_exact_for_a_constant_velocity(steps: int, size: tuple[int, int, int]) -> None:
     """A straight path from noise to data ends at the data, however it is cut; with the reference's widths it overshoots."""
@@ -143,7 +143,7 @@ def test_euler_integrates_an_exponential_to_first_order() -> None:
 # --- DDPM -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(2, 1000))
 def test_times_of_ddpm_fall_strictly_from_999_to_0(steps: int) -> None:
     times = ddpm_schedule(steps).times.tolist()
@@ -237,7 +237,7 @@ def test_noise_is_torch_s_own_of_the_seed() -> None:
     assert not torch.equal(initial_noise((1, 4, 8, 8, 8), 11), initial_noise((1, 4, 8, 8, 8), 12))
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(-3, 0))
 def test_no_steps_are_refused(steps: int) -> None:
     with pytest.raises(UsageError, match=f"steps is {steps}"):
