@@ -203,6 +203,16 @@ def test_resuming_refuses_other_settings_no_state_and_rubbish(folder: Path, tmp_
         run(folder, "dm", tmp_path / "out", resume=str(tmp_path / "rubbish.pt"))
 
 
+def test_phantoms_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    lists = [make_phantoms(tmp_path / str(workers), 2, size=32, seed=4, workers=workers) for workers in (1, 2)]
+    one, two = (read_list(path) for path in lists)
+    assert lists[0].read_text("utf-8") == lists[1].read_text("utf-8")
+    for a, b in zip(one, two, strict=True):
+        assert a.image is not None
+        assert b.image is not None
+        assert np.array_equal(read_image(a.image).array, read_image(b.image).array)
+
+
 def test_automatic_resuming_of_nothing_starts(folder: Path, tmp_path: Path) -> None:
     assert run(folder, "dm", tmp_path / "new", steps=1, resume="auto").is_file()
 
