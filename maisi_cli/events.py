@@ -36,6 +36,11 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped(Note):
+    """Work was stopped from outside before its end, and can be continued."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """A file was written and is complete."""
 

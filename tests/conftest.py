@@ -11,7 +11,7 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """Return a path below the folder of golden cases and real data; skip, or fail in CI, where it is absent."""
 

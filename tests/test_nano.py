@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from maisi_cli.volumes import Mask, Volume, read_image, read_mask
 from PIL import Image
 from scipy import ndimage
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 FAT = ["body"]
 LUNGS = [name for name in (label.name for label in maisi().labels) if "lung" in name and "lobe" in name]
 # organ, what lies around it, and whether it is brighter (anatomy says so, with and without contrast)
@@ -154,14 +153,12 @@ def test_ten_seeds_are_ten_bodies_of_which_nine_pass(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> tuple[Volume, Path]:
+def patient(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Volume, Path]:
     """A real CT, and the folder with the image that is made for its own mask (mapped, with its body envelope)."""
-    if not (SHARED / "data" / "ct_torso.nii.gz").exists():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("needs shared/data, which is not beside this checkout")
     folder = tmp_path_factory.mktemp("patient")
-    real = SHARED / "data" / "ct_torso.nii.gz"
+    real = shared("data/ct_torso.nii.gz")
     mapped, whole = folder / "maisi.nii.gz", folder / "case.nii.gz"
-    assert run(["labels", "map", str(SHARED / "data" / "ct_torso_seg.nii.gz"), str(mapped), "--from", "totalsegmentator"]) == 0
+    assert run(["labels", "map", str(shared("data/ct_torso_seg.nii.gz")), str(mapped), "--from", "totalsegmentator"]) == 0
     assert run(["labels", "add-body", str(mapped), str(whole), "--ct", str(real)]) == 0
     assert run(["generate", "--mask", str(whole), "--seed", "3", "--on-qc-fail", "keep", "--out", str(folder / "run")]) == 0
     return read_image(real), folder / "run"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..events import Event, Note
+from ..events import Event, Stopped
 from . import output
 from .options import Force, Json, Quiet, Verbose, examples
 
@@ -87,7 +87,7 @@ def _train(
         from .. import train
 
         def listen(event: Event) -> None:
-            if isinstance(event, Note) and event.text.startswith("stopped at step"):
+            if isinstance(event, Stopped):
                 stopped.append(event)
             on_event(event)
 

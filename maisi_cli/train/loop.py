@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import MaisiError, UsageError
-from ..events import Note, OnEvent, Saved, Stage, Step
+from ..events import Note, OnEvent, Saved, Stage, Step, Stopped
 from ..files import refuse_overwriting, write_atomic
 from ..weights import save_state
 from . import TrainSettings
@@ -139,7 +139,7 @@ def run(task: Task, settings: TrainSettings, out: Path, *, resume: str | None, f
     best = _validate(task, network, average, out, step, best, on_event)
     save()
     if stop:
-        on_event(Note(text=f"stopped at step {step}; continue with --resume auto", level="warning"))
+        on_event(Stopped(text=f"stopped at step {step}; continue with --resume auto", level="warning"))
     for path in weights:
         on_event(Saved(path=path, kind="weights"))
     return weights[0]
