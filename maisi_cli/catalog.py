@@ -106,9 +106,13 @@ class ModelSpec:
     path: Path
     scale_factor: float | None = None
     latent_factor: int = 4
-    latent_channels: int = 4
     bundled: bool = False
     max_volume: str = ""
+
+    @property
+    def latent_channels(self) -> int:
+        """The channels of the VAE's latent, which are those that the diffusion model denoises."""
+        return int(self.networks["vae"].arguments["latent_channels"])
 
     @property
     def body_region_inputs(self) -> bool:

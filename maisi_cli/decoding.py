@@ -21,7 +21,7 @@ def decode(
     networks: Networks, latent: Tensor, *, decoder: str = "exact", window: Sequence[int] | None = None, overlap: float = 0.4,
     on_event: OnEvent = ignore,
 ) -> Tensor:  # fmt: skip
-    """Decode a latent (1, 4, x, y, z) to intensities (1, 1, 4x, 4y, 4z) in float32; the latent is divided by the scale.
+    """Decode a latent (1, C, x, y, z) to intensities (1, 1, 4x, 4y, 4z) in float32; the latent is divided by the scale.
 
     `exact` decodes the whole volume at once. `window` decodes windows of `window` latent voxels that overlap by the share
     `overlap`, blended with a Gaussian; every window has GroupNorm statistics of its own, so seams can show. Raises

@@ -29,6 +29,7 @@ from maisi_cli.train.controlnet import ControlNetTask, add_residuals_out_of_plac
 from maisi_cli.train.data import Case, encode, intensity, make_phantoms, read_list, split
 from maisi_cli.train.diffusion import DiffusionTask, Encoded, draw_times, mix, scale_factor
 from maisi_cli.train.loop import _average, _rate
+from maisi_cli.train.vae import blur_latents
 from maisi_cli.volumes import read_image, read_mask
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -569,6 +570,7 @@ def test_time_is_the_references(shared: Callable[[str], Path]) -> None:
 @given(st.integers(1, 80), st.integers(0, 1000), st.sampled_from(["uniform", "logit-normal"]))
 def test_times_shift_with_size(side: int, seed: int, kind: str) -> None:
     settings = TrainSettings(kind="dm", timesteps=kind)
+    doubled = TrainSettings(kind="dm", timesteps=kind, time_shift=2.0)
     torch.manual_seed(seed)
     unshifted = draw_times(settings, [32**3] * 8) / 1000
     torch.manual_seed(seed)
@@ -577,6 +579,9 @@ def test_times_shift_with_size(side: int, seed: int, kind: str) -> None:
     odds, before = times / (1 - times), unshifted / (1 - unshifted)
     inner = (unshifted > 0.01) & (unshifted < 0.99)
     assert torch.allclose(odds[inner], before[inner] * side / 32, rtol=1e-3)  # the transform multiplies the odds by r
+    torch.manual_seed(seed)
+    later = draw_times(doubled, [side**3] * 8) / 1000
+    assert torch.allclose(later[inner] / (1 - later[inner]), 2 * odds[inner], rtol=1e-2)
 
 
 def test_times_are_spread_as_named() -> None:
@@ -663,6 +668,18 @@ def test_a_frozen_encoder_leaves_latents_as_they_are(folder: Path, tmp_path: Pat
         same = {key: torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys()}  # noqa: SIM118
     assert all(equal for key, equal in same.items() if key.startswith(("encoder.", "quant_conv")))
     assert not all(same.values())
+
+
+def test_noise_on_latents_has_at_most_the_share_asked_for_and_only_in_training() -> None:
+    torch.manual_seed(0)
+    layer = nn.Identity()
+    blur_latents(layer, 0.2)
+    latent = 3 * torch.randn(1, 4, 24, 24, 24)
+    assert torch.equal(layer.eval()(latent), latent)
+    layer.train()
+    shares = [float((layer(latent) - latent).std() / latent.std()) for _ in range(40)]
+    assert 0.12 < max(shares) < 0.205
+    assert min(shares) < 0.08
 
 
 # --- ControlNet ---------------------------------------------------------------------------

@@ -46,10 +46,12 @@ class TrainSettings:
     window_weight: float = 0.0
     edge_weight: float = 0.0
     freeze_encoder: bool = False
+    latent_noise: float = 0.0
     modality_dropout: float = 0.1
     train_unet: bool = False
     label_dropout: float = 0.1
     timesteps: str = "uniform"
+    time_shift: float = 1.0
     validate_every: int = 250
     save_every: int = 250
     keep_last: int = 1
@@ -65,7 +67,7 @@ class TrainSettings:
                               ("precision", ("no", "bf16", "fp16"))):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
-        for name in ("steps", "batch_size", "lr", "validate_every", "save_every"):
+        for name in ("steps", "batch_size", "lr", "time_shift", "validate_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be larger than 0")
 

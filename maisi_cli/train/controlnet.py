@@ -44,7 +44,7 @@ class ControlNetTask(DiffusionTask):
 
     def __init__(self, settings: TrainSettings, data: Path) -> None:
         if not settings.unet:
-            raise UsageError("train controlnet needs the diffusion model's weights", hint="add --set train.unet=FILE")
+            raise UsageError("train controlnet needs the diffusion model's weights", hint="add --unet FILE")
         super().__init__(settings, data, network="controlnet")
         state = load_state(Path(settings.unet))
         self.unet: nn.Module = build(self.spec.networks["unet"])

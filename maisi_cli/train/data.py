@@ -144,7 +144,7 @@ def encode(
     data: str | Path, vae: str | Path | None = None, *, out: str | Path | None = None, model: str = "nano-ct", device: str = "auto",
     force: bool = False, on_event: OnEvent = ignore,
 ) -> Path:  # fmt: skip
-    """Encode the images of a list with a VAE: the posterior's mean, float16, shape (4, x, y, z), one `.npy` per case.
+    """Encode the images of a list with a VAE: the posterior's mean, float16, shape (C, x, y, z), one `.npy` per case.
 
     `vae` is a safetensors file of weights; without it the model's own are used. The list is written again as
     `latents.json` beside the latents; images whose size does not divide by 4 are padded with air. Returns the new list's path.

@@ -23,7 +23,7 @@ from .losses import distance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One case in memory: latent (4, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality id."""
+    """One case in memory: latent (C, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality id."""
 
     latent: NDArray[np.float16]
     labels: NDArray[np.uint8]
@@ -54,10 +54,10 @@ def scale_factor(cases: Sequence[Encoded]) -> float:
 
 
 def draw_times(settings: TrainSettings, voxels: Sequence[int]) -> Tensor:
-    """Draw times in [0, 1000), shifted by latent size as in sampling: r u / (1 + (r - 1) u), r = (N / 32^3)^(1/3)."""
+    """Draw times in [0, 1000), shifted by latent size as in sampling: r u / (1 + (r - 1) u), r = (N / 32^3)^(1/3) times `time_shift`."""
     size = torch.tensor(voxels, dtype=torch.float32)
     u = torch.rand(len(size)) if settings.timesteps == "uniform" else torch.sigmoid(torch.randn(len(size)))
-    ratio = (size / 32768) ** (1 / 3)
+    ratio = settings.time_shift * (size / 32768) ** (1 / 3)
     return 1000 * ratio * u / (1 + (ratio - 1) * u)
 
 
@@ -65,6 +65,26 @@ def mix(data: Tensor, noise: Tensor, times: Tensor) -> Tensor:
     """Return x_t = (1 - t/1000) data + (t/1000) noise."""
     share = (times / 1000).view(-1, 1, 1, 1, 1)
     return (1 - share) * data + share * noise
+
+
+Part = tuple[NDArray[np.float16], NDArray[np.uint8]]
+"""Latent and labels of the same place."""
+
+
+def _whole(case: Encoded) -> Part:
+    return case.latent, case.labels
+
+
+def _cut(case: Encoded, crop: tuple[int, int, int], rng: np.random.Generator) -> Part:
+    size = [min(n, want) for n, want in zip(case.latent.shape[1:], crop, strict=True)]
+    at = [int(rng.integers(n - want + 1)) for n, want in zip(case.latent.shape[1:], size, strict=True)]
+    x, y, z = (slice(a, a + n) for a, n in zip(at, size, strict=True))
+    fine_x, fine_y, fine_z = (slice(4 * a, 4 * (a + n)) for a, n in zip(at, size, strict=True))
+    return case.latent[:, x, y, z], case.labels[fine_x, fine_y, fine_z]
+
+
+def _body_voxels(part: Part) -> int:
+    return int(np.count_nonzero(part[1]))
 
 
 class DiffusionTask:
@@ -89,7 +109,10 @@ class DiffusionTask:
         """Nothing frozen to move."""
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        """Draw whole volumes (a share `whole_share`, one at a time) or one of `crops`, in latent voxels."""
+        """Draw whole volumes (a share `whole_share`, one at a time) or one of `crops`, in latent voxels.
+
+        Of two places for a crop the one with more body in it is taken: much of a volume is air, soon learned.
+        """
         chosen = [self.cases[int(rng.integers(len(self.cases)))] for _ in range(self.settings.batch_size)]
         if rng.random() < self.settings.whole_share:
             return self._stack(chosen[:1], None, rng)
@@ -98,11 +121,9 @@ class DiffusionTask:
     def _stack(self, cases: Sequence[Encoded], crop: tuple[int, int, int] | None, rng: np.random.Generator) -> dict[str, Tensor]:
         latents, labels = [], []
         for case in cases:
-            grid = case.latent.shape[1:]
-            size = grid if crop is None else tuple(min(n, want) for n, want in zip(grid, crop, strict=True))
-            at = [int(rng.integers(n - want + 1)) for n, want in zip(grid, size, strict=True)]
-            latents.append(case.latent[(slice(None), *(slice(a, a + n) for a, n in zip(at, size, strict=True)))].astype(np.float32))
-            labels.append(case.labels[tuple(slice(4 * a, 4 * (a + n)) for a, n in zip(at, size, strict=True))][None])
+            latent, label = _whole(case) if crop is None else max((_cut(case, crop, rng) for _ in range(2)), key=_body_voxels)
+            latents.append(latent.astype(np.float32))
+            labels.append(label[None])
         classes = [case.modality if rng.random() >= self.settings.modality_dropout else 0 for case in cases]
         return {
             "latent": torch.from_numpy(np.stack(latents)) * self.scale,
@@ -159,5 +180,10 @@ def task(settings: TrainSettings, data: Path) -> DiffusionTask:
 
 
 def latent_list(data: Path) -> Path:
-    """Return the list of latents of a data folder, or the list that is named."""
-    return data / "latents.json" if data.is_dir() else data
+    """Return the list of latents of a data folder, or the list that is named. Raises `UsageError` for a folder without one."""
+    if not data.is_dir():
+        return data
+    path = data / "latents.json"
+    if not path.is_file():
+        raise UsageError(f"{data} holds no latents (there is no {path.name})", hint=f"make them:  maisi data encode {data}")
+    return path

@@ -42,6 +42,8 @@ class VaeTask:
         if settings.freeze_encoder:
             for part in ("encoder", "quant_conv_mu", "quant_conv_log_sigma"):
                 self.network.get_submodule(part).requires_grad_(False)
+        if settings.latent_noise:
+            blur_latents(self.network.get_submodule("post_quant_conv"), settings.latent_noise)
         training, held = split(read_list(data))
         self.volumes = [_load(case.image, case.id) for case in training]
         self.held = [_load(case.image, case.id) for case in held[:2]]
@@ -173,6 +175,24 @@ def _anchors(network: nn.Module) -> Iterator[tuple[Tensor, Any, Any]]:
                 assert module.bias is not None
                 level = 0.0 if ".conv2." in name else _ANCHOR
                 yield module.bias, here, torch.tensor([level, -level]).repeat(groups)
+
+
+def blur_latents(decoder_input: nn.Module, share: float) -> None:
+    """Let a decoder learn from latents with Gaussian noise of 0 to `share` of their deviation, drawn anew for each batch.
+
+    What a sampler makes deviates from every true latent; a decoder that has only seen true ones shows the difference as mottle (noise-
+    augmented decoding: Zheng et al. 2025, "Diffusion Transformers with Representation Autoencoders", section 4.2). An encoder that
+    learns along spends its range on what the loss counts. Nothing is added outside training.
+    """
+
+    def add_noise(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if not module.training:
+            return None
+        (latent,) = inputs
+        deviation = latent.detach().float().std() * share * torch.rand(())
+        return (latent + deviation.to(latent.dtype) * torch.randn_like(latent),)
+
+    decoder_input.register_forward_pre_hook(add_noise)
 
 
 def _load(path: Path | None, name: str) -> NDArray[np.int16]:
