@@ -23,6 +23,7 @@ ENVIRONMENT_PREFIX = "MAISI_"
 # environment variables that are not settings of generate
 _OTHER_VARIABLES = {"MAISI_HOME", "MAISI_DEBUG", "MAISI_LOAD_PLUGINS", "MAISI_TRACE_PLUGINS", "MAISI_CONFIG", "MAISI_OFFLINE"}
 PROJECT_FILE = "maisi.toml"
+MANIFEST_ROW = "manifest row "
 LONGEST_NAME = 200  # bytes; file systems take 255, and _image.nii.gz and a temporary ending are added
 
 
@@ -50,6 +51,7 @@ class GenerateSettings:
     scheduler: str = "rflow"
     steps: int = 30
     count: int = 1
+    manifest: str | None = None
     seed: int | None = None
     name: str = "{stem}-{model}-seed{seed}-{index:03d}"
     out: str = "."
@@ -96,11 +98,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """The settings, the origin of each, and notes on choices that were made for the user."""
+    """The settings, the origin of each, and notes on choices that were made for the user; `index` is the row of a manifest."""
 
     settings: GenerateSettings
     origins: Mapping[str, Setting]
     notes: tuple[str, ...] = field(default=())
+    index: int | None = None
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -301,12 +304,13 @@ def config_path() -> Path:
 
 def resolve(
     flags: Mapping[str, Any] | None = None, *, assignments: Sequence[str] = (), config: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] | None = None, folder: Path | None = None,
+    environment: Mapping[str, str] | None = None, folder: Path | None = None, row: Layer | None = None, index: int | None = None,
 ) -> Resolved:  # fmt: skip
     """Return the settings of one run from all layers.
 
     `flags` are keyword values (None means not given); `config` are the settings of a record that is run again, as strong
-    as flags but below them. Raises `UsageError` for whatever is wrong, before anything heavy is loaded.
+    as flags but below them; `row` are those of row `index` of a manifest, stronger than flags, which all rows share. Raises
+    `UsageError` for whatever is wrong, before anything heavy is loaded.
     """
     from . import presets
 
@@ -314,6 +318,8 @@ def resolve(
     sets = {key: parse_value(key, value, "--set") for key, value in parse_assignments(assignments).items()}
     repeated = {key: parse_value(key, value, "record") for key, value in (config or {}).items() if value is not None}
     top = [Layer(origin="record", values=repeated), Layer(origin="--set", values=sets), Layer(origin="command line", values=given)]
+    if row is not None:
+        top.append(Layer(origin=row.origin, values={key: parse_value(key, value, row.origin) for key, value in row.values.items()}))
     bottom = [
         layer for layer in (read_config(config_path(), "user config"), read_config((folder or Path()) / PROJECT_FILE, PROJECT_FILE))
         if layer
@@ -368,7 +374,7 @@ def resolve(
     _check_names(origins, spec)
     _check_together(origins)
     settings = GenerateSettings(**{key: setting.value for key, setting in origins.items()})
-    return Resolved(settings=settings, origins=origins, notes=tuple(notes))
+    return Resolved(settings=settings, origins=origins, notes=tuple(notes), index=index)
 
 
 def _preset_values(preset: Any) -> dict[str, Any]:
@@ -513,7 +519,7 @@ def _check_together(origins: dict[str, Setting]) -> None:
     """Refuse values that would go unused or contradict one another; a window that is typed asks for the window decoder."""
 
     def typed(key: str) -> bool:
-        return origins[key].origin in ("command line", "--set")
+        return origins[key].origin in ("command line", "--set") or origins[key].origin.startswith(MANIFEST_ROW)
 
     def value(key: str) -> Any:
         return origins[key].value

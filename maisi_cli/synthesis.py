@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,11 @@ from .errors import Rejected, UsageError
 from .events import Event, Note, OnEvent, Saved, Stage, Step, ignore
 from .files import refuse_overwriting, require_folder, write_atomic
 from .geometry import Geometry
+from .manifest import resolve_all
 from .plugins import plugins
 from .preview import preview
 from .seeds import derive, fresh
-from .settings import Resolved, parse_shard, require_weights, resolve, sample_id
+from .settings import Resolved, Setting, parse_shard, require_weights, sample_id
 from .volumes import AIR_HU, Mask, Sample, Volume, crop
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ Make = Callable[["Job"], Sample | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One sample to make: its place in the run, and the name of its files."""
+    """One sample to make: its place in the run, the name of its files, and which of several settings it is made with."""
 
     index: int
     seed: int
     id: str
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,26 +63,23 @@ class _Try:
     seconds: Mapping[str, float]
 
 
-def generate(settings: Resolved | None = None, *, on_event: OnEvent = ignore, **values: Any) -> Iterator[Sample]:
+def generate(settings: Resolved | Sequence[Resolved] | None = None, *, on_event: OnEvent = ignore, **values: Any) -> Iterator[Sample]:
     """Make the samples that the settings ask for, one after another; files are complete when a sample is yielded.
 
-    `settings` is what `settings.resolve` returns; without it `values` are resolved (`preset="abdomen", count=3`). Everything
-    that can be refused is refused here, before the first network is loaded: wrong volumes, masks and names (`UsageError`),
-    weights or memory that are missing (`CannotRun`), files that exist. Sample `index` depends on the seed and its index
-    alone. Raises `Rejected` at the end when samples failed the quality check and were not kept.
+    `settings` is what `settings.resolve` returns, or `manifest.resolve_all` for the rows of a manifest; without it `values` are
+    resolved (`preset="abdomen", count=3`). Everything that can be refused is refused here, before the first network is loaded: wrong
+    volumes, masks and names (`UsageError`), weights or memory that are missing (`CannotRun`), files that exist. Sample `index` depends
+    on the seed and its index alone. Raises `Rejected` at the end when samples failed the quality check and were not kept.
     """
-    resolved = settings if settings is not None else resolve(values)
-    if resolved.settings.seed is None:
-        resolved = _with_seed(resolved)
-    run = _Run(resolved, on_event)
-    todo = run.jobs()
-    if todo:
-        run.require()
-    executor: Callable[[Iterable[Job], Make, OnEvent], Iterator[Sample]] = plugins().registry("executors").get(run.settings.executor)
-    return _finish(run, executor(todo, run.make, run.tell), len(todo))
+    if settings is None:
+        settings = resolve_all(values)
+    batch = _Batch([settings] if isinstance(settings, Resolved) else settings, on_event)
+    todo = batch.jobs()
+    executor: Callable[[Iterable[Job], Make, OnEvent], Iterator[Sample]] = plugins().registry("executors").get(batch.executor)
+    return _finish(executor(todo, batch.make, batch.tell), len(todo))
 
 
-def _finish(run: _Run, samples: Iterator[Sample], wanted: int) -> Iterator[Sample]:
+def _finish(samples: Iterator[Sample], wanted: int) -> Iterator[Sample]:
     done = 0
     for sample in samples:
         done += 1
@@ -100,12 +99,69 @@ def run_local(jobs: Iterable[Job], make: Make, on_event: OnEvent) -> Iterator[Sa
             yield sample
 
 
-class _Run:
-    """One run: what is fixed for all of its samples, and the networks, loaded when the first sample needs them."""
+class _Loaded:
+    """The networks that were loaded last, kept for all samples that need the same ones."""
 
-    def __init__(self, resolved: Resolved, on_event: OnEvent) -> None:
-        self.resolved, self.settings = resolved, resolved.settings
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._networks: networks.Networks | None = None
+
+    def get(self, key: Any, load: Callable[[], networks.Networks]) -> networks.Networks:
+        """Return the networks of `key`; others are let go first."""
+        if self._networks is None or key != self._key:
+            self._networks = None
+            self._key, self._networks = key, load()
+        return self._networks
+
+
+class _Batch:
+    """The settings of one run, or those of each row of a manifest."""
+
+    def __init__(self, resolved: Sequence[Resolved], on_event: OnEvent) -> None:
+        drawn = next((_seed_for(each) for each in resolved if each.settings.seed is None), None)  # one for all that name none
+        self.resolved = [_with_seed(each, *drawn) if drawn and each.settings.seed is None else each for each in resolved]
+        self.executor = resolved[0].settings.executor
         self.listener = on_event
+        self.loaded = _Loaded()
+        self._told: set[str] = set()
+        self._open: tuple[int, _Run] | None = None
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on to the caller and to plugins that listen."""
+        self.listener(event)
+        plugins().manager.hook.on_event(event=event)
+
+    def jobs(self) -> list[Job]:
+        """Check all settings, and return the samples to make; what was chosen for the user is told once."""
+        found: list[Job] = []
+        for row, resolved in enumerate(self.resolved):
+            run = _Run(resolved, self.tell, self.loaded)
+            jobs = [dataclasses.replace(job, row=row) for job in run.jobs()]
+            if jobs:
+                run.require()
+                for note in run.notes():
+                    if note not in self._told:
+                        self._told.add(note)
+                        self.tell(Note(text=note))
+            found += jobs
+            self._open = (row, run)
+        return found
+
+    def make(self, job: Job) -> Sample | None:
+        """Make one sample; the settings of its row are opened once, and closed for the next."""
+        if self._open is None or self._open[0] != job.row:
+            run = _Run(self.resolved[job.row], self.tell, self.loaded)
+            run.require()
+            self._open = (job.row, run)
+        return self._open[1].make(job)
+
+
+class _Run:
+    """One run: what is fixed for all of its samples; its networks are loaded when the first sample needs them."""
+
+    def __init__(self, resolved: Resolved, tell: OnEvent, loaded: _Loaded) -> None:
+        self.resolved, self.settings = resolved, resolved.settings
+        self.tell, self.loaded = tell, loaded
         self.spec: ModelSpec = find_model(self.settings.model)
         self.out = Path(self.settings.out)
         self.parts = self.spec.parts_for(self.settings.mode)
@@ -114,10 +170,10 @@ class _Run:
         self.plan = planning.plan(resolved, geometry=self.own_mask.geometry if self.own_mask else None)
         self.device = str(self.plan.choice("device")) if self.parts else "cpu"
         self.files: dict[str, Path] = {}
-        self._networks: networks.Networks | None = None
+        self.hashes: Mapping[str, str] = {}
 
     def require(self) -> None:
-        """Refuse what this machine cannot do, and tell the choices that were made for the user."""
+        """Refuse what this machine cannot do."""
         self._require_sampler()
         require_folder(self.out)
         require_weights(self.spec, self.settings.mode)
@@ -125,10 +181,11 @@ class _Run:
         if self.parts:
             planning.require_fit(self.plan)
             self.device = str(networks.device_named(self.device))
-        for note in (*self.resolved.notes, *self.plan.warnings):
-            self.tell(Note(text=note))
-        if not self.parts and self.plan.choice("device") != "cpu":
-            self.tell(Note(text="mode mask runs no network: it uses the processor, not the GPU"))
+
+    def notes(self) -> list[str]:
+        """Return the choices that were made for the user."""
+        idle = not self.parts and self.plan.choice("device") != "cpu"
+        return [*self.resolved.notes, *self.plan.warnings, *["mode mask runs no network: it uses the processor, not the GPU"] * idle]
 
     def _require_sampler(self) -> None:
         """Refuse a sampler of another family than the one that the networks were trained for: it would make noise."""
@@ -140,18 +197,13 @@ class _Run:
                 hint=f"use --scheduler {own}, or leave it out",
             )
 
-    def tell(self, event: Event) -> None:
-        """Pass an event on to the caller and to plugins that listen."""
-        self.listener(event)
-        plugins().manager.hook.on_event(event=event)
-
     def jobs(self) -> list[Job]:
         """Return the samples to make here: this shard's, without those that are complete when resuming."""
         settings = self.settings
         assert settings.seed is not None
         share, shares = parse_shard(settings.shard) if settings.shard else (1, 1)
         found = []
-        for index in range(settings.count):
+        for index in range(settings.count) if self.resolved.index is None else [self.resolved.index]:
             if index % shares != share - 1:
                 continue
             job = Job(index=index, seed=settings.seed, id=sample_id(settings, self.spec, index))
@@ -255,12 +307,15 @@ class _Run:
         return latent
 
     def _load(self) -> networks.Networks:
-        if self._networks is None:
+        def load() -> networks.Networks:
             device = networks.device_named(self.device)
             precision = networks.Precision.named(str(self.plan.choice("dtype")), device)
             self.tell(Stage(name="load", detail=f"{self.spec.name} on {device}"))
-            self._networks = networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files)
-        return self._networks
+            return networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files)
+
+        nets = self.loaded.get((self.spec.path, self.parts, self.device, self.plan.choice("dtype")), load)
+        self.hashes = nets.hashes
+        return nets
 
     # --- files ----------------------------------------------------------------------------
 
@@ -315,8 +370,7 @@ class _Run:
     ) -> dict[str, Any]:
         spec, item = self.spec, made.image or made.mask
         assert item is not None
-        hashes = self._networks.hashes if self._networks else {}
-        parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in self.parts]
+        parts = [{"part": part, "file": self.files[part].name, "sha256": self.hashes.get(part)} for part in self.parts]
         mask: dict[str, Any] | None = None
         if made.mask is not None:
             mask = {"source": self.source, "ids": list(made.mask.ids())}
@@ -393,10 +447,13 @@ def _values(resolved: Resolved) -> dict[str, Any]:
     return {key: getattr(resolved.settings, key) for key in resolved.origins}
 
 
-def _with_seed(resolved: Resolved) -> Resolved:
-    """Return the settings with a seed: that of the run which is resumed, or a fresh one."""
-    from .settings import Setting
+def _with_seed(resolved: Resolved, seed: int, origin: Setting) -> Resolved:
+    settings = dataclasses.replace(resolved.settings, seed=seed)
+    return dataclasses.replace(resolved, settings=settings, origins={**resolved.origins, "seed": origin})
 
+
+def _seed_for(resolved: Resolved) -> tuple[int, Setting]:
+    """Return the seed of the run that is resumed, or a fresh one, and its origin."""
     seed, origin = fresh(), "drawn"
     if resolved.settings.resume:
         found = {int(record.read(path)["seed"]) for path in sorted(Path(resolved.settings.out).glob("*_record.json"))}
@@ -404,8 +461,7 @@ def _with_seed(resolved: Resolved) -> Resolved:
             raise UsageError(f"{resolved.settings.out} holds samples of {len(found)} runs", hint="name the one to resume with --seed S")
         if found:
             seed, origin = found.pop(), "record"
-    origins = {**resolved.origins, "seed": Setting(value=seed, origin=origin)}
-    return dataclasses.replace(resolved, settings=dataclasses.replace(resolved.settings, seed=seed), origins=origins)
+    return seed, Setting(value=seed, origin=origin)
 
 
 def _npy(latent: torch.Tensor) -> bytes:

@@ -43,6 +43,7 @@ def generate(
     seed: Annotated[int | None, _option("--seed", panel=_SAMPLING, metavar="S", text="Seed of the run; drawn and recorded when it is not given.")] = None,
     compat: Annotated[str | None, _option("--compat", panel=_SAMPLING, metavar="reference", text="The reference's own numerics where they differ.")] = None,
     count: Annotated[int | None, _option("--count", panel=_BATCH, metavar="N", text="Number of samples.  [default: 1]")] = None,
+    manifest: Annotated[Path | None, _option("--manifest", panel=_BATCH, metavar="FILE", text="CSV or JSON lines: a row for every sample, with id and any setting.")] = None,
     name: Annotated[str | None, _option("--name", panel=_BATCH, metavar="TEMPLATE", text="File names, of {stem} {preset} {model} {mode} {seed} {index}.")] = None,
     out: Annotated[Path | None, _option("-o", "--out", panel=_BATCH, metavar="DIR", text="Folder to write to.  [default: .]")] = None,
     format: Annotated[str | None, _option("--format", panel=_BATCH, metavar="A,B", text="Output formats.  [default: nifti]")] = None,
@@ -76,16 +77,18 @@ def generate(
         "preset": preset, "size": size, "spacing": spacing, "fov": fov, "allow_ood": allow_ood, "model": model, "mode": mode,
         "modality": modality, "anatomy": anatomy, "mask": None if mask is None else str(mask), "labels": labels,
         "mask_source": mask_source, "allow_missing_body": allow_missing_body, "cfg_modality": cfg_modality, "scheduler": scheduler,
-        "steps": steps, "seed": seed, "compat": compat, "count": count, "name": name, "out": None if out is None else str(out),
+        "steps": steps, "seed": seed, "compat": compat, "count": count, "manifest": None if manifest is None else str(manifest), "name": name, "out": None if out is None else str(out),
         "format": format, "preview": preview, "keep_latent": keep_latent, "on_qc_fail": on_qc_fail, "retries": retries,
         "resume": resume, "shard": shard, "executor": executor, "gpu": gpu, "device": device, "dtype": dtype, "decoder": decoder,
         "window": window, "overlap": overlap, "force": force or None, "offline": offline or None,
     }  # fmt: skip
-    from .. import settings
+    from ..manifest import resolve_all
 
-    resolved = settings.resolve(flags, assignments=set_ or [], config=None if config is None else _recorded(config, flags))
+    repeated, index = (None, None) if config is None else _recorded(config, flags)
+    resolved = resolve_all(flags, assignments=set_ or [], config=repeated, index=index)
     if dry_run:
-        raise typer.Exit(_dry_run(resolved, as_json=as_json))
+        one = resolved[0].settings.manifest is None
+        raise typer.Exit(_dry_run(resolved[0], as_json=as_json) if one else _dry_run_rows(resolved, as_json=as_json))
     with output.events() as on_event:
         from .. import synthesis
 
@@ -97,8 +100,8 @@ def generate(
                     output.data(str(path))
 
 
-def _recorded(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a record.
+def _recorded(config: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """Return the settings of a record, and its index where it was a row of a manifest: then that one sample is repeated.
 
     Not taken over is what depends on the place it ran at, the volume where another one is asked for, and what came from
     a preset or model where another one is named.
@@ -107,21 +110,22 @@ def _recorded(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
     made = record.read(config)
     found = record.settings_of(made)
-    left_out = {"out", "force", "resume", "shard"}
+    left_out = {"out", "force", "resume", "shard", "manifest"}
     if any(flags[key] is not None for key in ("size", "spacing", "fov", "mask")):
         left_out |= {"size", "spacing", "fov"}
     if flags["mask"] is not None:
         left_out |= {"regions", "mask_source"}
     if any(flags[key] is not None for key in ("preset", "model", "gpu")):
-        given = ("command line", "--set", "environment", "maisi.toml", "user config", "drawn", "record")
-        left_out |= {key for key, entry in made["settings"].items() if entry.get("origin") not in given}
-    return {key: value for key, value in found.items() if key not in left_out}
+        given = ("command line", "--set", "environment", "maisi.toml", "user config", "drawn", "record", "manifest")
+        left_out |= {key for key, entry in made["settings"].items() if not str(entry.get("origin")).startswith(given)}
+    index = made["index"] if found.get("manifest") is not None and flags["manifest"] is None else None
+    return {key: value for key, value in found.items() if key not in left_out}, index
 
 
-def _dry_run(resolved: Any, *, as_json: bool) -> int:
+def _planned(resolved: Any) -> tuple[Any, Any]:
+    """Return the plan of a run, and the `CannotRun` that stands in its way, if any."""
     from .. import catalog, planning, settings
     from ..errors import CannotRun
-    from ..geometry import format_triple
 
     chosen = resolved.settings
     geometry = None
@@ -130,7 +134,6 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
 
         geometry = masks.own(chosen).geometry
     plan = planning.plan(resolved, geometry=geometry)
-    problem: CannotRun | None = None
     try:
         spec = catalog.model(chosen.model)
         settings.require_weights(spec, chosen.mode)
@@ -138,7 +141,41 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
             _require_device(chosen, plan)
         planning.require_fit(plan)
     except CannotRun as error:
-        problem = error
+        return plan, error
+    return plan, None
+
+
+def _dry_run_rows(rows: list[Any], *, as_json: bool) -> int:
+    """Show what each row of a manifest would make; the first thing that stands in the way is the exit code."""
+    from ..geometry import format_triple
+
+    shown, first = [], None
+    for resolved in rows:
+        plan, problem = _planned(resolved)
+        first = first or problem
+        chosen = resolved.settings
+        volume = plan.geometry
+        shown.append({
+            "id": resolved.origins["name"].value.replace("{{", "{").replace("}}", "}"), "mode": chosen.mode, "model": chosen.model,
+            "seed": chosen.seed, "size": format_triple(volume.size) if volume else None, "spacing": _mm(volume.spacing) if volume else None,
+            "problem": str(problem) if problem else None,
+        })  # fmt: skip
+    if as_json:
+        output.json_out({"schema": "maisi.dry-run-rows/1", "rows": shown})
+    else:
+        columns = ["id", "mode", "model", "seed", "size", "spacing", "problem"]
+        output.table(columns, [tuple("" if row[key] is None else str(row[key]) for key in columns) for row in shown])
+    if first is not None:
+        output.fail(first.message, first.hint)
+        return int(first.exit_code)
+    return 0
+
+
+def _dry_run(resolved: Any, *, as_json: bool) -> int:
+    from .. import settings
+    from ..geometry import format_triple
+
+    plan, problem = _planned(resolved)
     if as_json:
         from ..record import plain
 
