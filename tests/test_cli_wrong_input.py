@@ -110,7 +110,7 @@ NAMES = [
     ("generate --anatomy-size liver=0.5", "no such option: --anatomy-size", "maisi generate --help"),
     ("generate --cfg-tumor 2", "no such option: --cfg-tumor", "maisi generate --help"),
     ("generate --mask-steps 10", "no such option: --mask-steps", "maisi generate --help"),
-    ("generate --manifest cases.csv", "no such option: --manifest", "maisi generate --help"),
+    ("generate --manifest missing.csv", "the manifest missing.csv cannot be read", "a column id"),
     ("generate --splits 2", "no such option: --splits", "maisi generate --help"),
     ("generate --offload", "no such option: --offload", "maisi generate --help"),
     ("generate chest", "unexpected extra argument", "maisi generate --help"),
