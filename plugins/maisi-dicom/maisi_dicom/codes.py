@@ -15,6 +15,8 @@ from maisi_cli.volumes import Mask
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 
+LONGEST = 64
+"""Characters of a long string (LO)."""
 SCHEME = "99MAISI"
 SCHEME_NAME = "Labels of maisi (MAISI vocabulary, ids 1-255)"
 STRUCTURE = Code("91723000", "SCT", "Anatomical Structure")
@@ -74,12 +76,12 @@ class Concept:
 
 def concept(label: Label) -> Concept:
     """Return the codes of a label."""
-    known = TYPES.get(label.id)
+    name, known = label.name[:LONGEST], TYPES.get(label.id)
     site = SITES.get(label.id)
     return Concept(
-        id=label.id, name=label.name, color=label.color,
+        id=label.id, name=name, color=label.color,
         category=ABNORMAL if label.group in ("tumor", "cyst") else STRUCTURE,
-        type=Code(known[0], "SCT", known[1]) if known else Code(str(label.id), SCHEME, label.name),
+        type=Code(known[0], "SCT", known[1]) if known else Code(str(label.id), SCHEME, name),
         side=SIDES[label.side] if label.side and label.id not in SIDE_IN_CODE else None,
         site=Code(site[0], "SCT", site[1]) if site else None,
     )  # fmt: skip

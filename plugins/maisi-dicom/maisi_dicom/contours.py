@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import contourpy
 import numpy as np
@@ -22,9 +22,9 @@ def outlines(mask: NDArray[Any]) -> list[Ring]:
     """
     padded = np.pad(np.asarray(mask, dtype=np.float64), 1)
     lines = contourpy.contour_generator(z=padded, name="serial", fill_type=contourpy.FillType.OuterOffset)
-    found = lines.filled(0.5, 2.0)
+    polygons, offsets_of = cast(tuple[list[Ring], list[NDArray[np.uint32]]], lines.filled(0.5, 2.0))
     made = []
-    for points, offsets in zip(found[0], found[1], strict=True):
+    for points, offsets in zip(polygons, offsets_of, strict=True):
         rings = [_corners(points[a : b - 1] - 1) for a, b in itertools.pairwise(offsets)]
         made.append(_joined(rings[0], rings[1:]))
     return made

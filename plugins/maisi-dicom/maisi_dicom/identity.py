@@ -67,7 +67,7 @@ def mark(dataset: Dataset, identity: Identity, *, modality: str, series: str, nu
         "PatientName": _text("SYNTHETIC^{}", _name(identity.id)), "PatientID": identity.patient,
         "PatientBirthDate": "", "PatientSex": "", "PatientComments": DERIVATION,
         "StudyInstanceUID": identity.uid("study"), "StudyDate": _date(STARTED), "StudyTime": _time(STARTED), "StudyID": "SYNTHETIC",
-        "AccessionNumber": "", "ReferringPhysicianName": "", "Laterality": "", "StudyDescription": f"SYNTHETIC maisi {__version__}",
+        "AccessionNumber": "", "ReferringPhysicianName": "", "StudyDescription": f"SYNTHETIC maisi {__version__}",
         "SeriesInstanceUID": identity.uid(series), "SeriesNumber": number, "SeriesDescription": _text("SYNTHETIC {}", description),
         "SeriesDate": _date(STARTED), "SeriesTime": _time(STARTED), "Modality": modality,
         "Manufacturer": MANUFACTURER, "ManufacturerModelName": "maisi", "SoftwareVersions": __version__,

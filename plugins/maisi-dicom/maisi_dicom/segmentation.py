@@ -65,7 +65,7 @@ def write_segmentation(made: Segmentation, path: Path) -> None:
 def _segment(number: int, each: Concept) -> SegmentDescription:
     made = SegmentDescription(
         segment_number=number,
-        segment_label=each.name[:64],
+        segment_label=each.name,
         segmented_property_category=each.category,
         segmented_property_type=each.type,
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,

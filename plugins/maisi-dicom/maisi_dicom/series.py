@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from maisi_cli.catalog import modality as find_modality
@@ -52,7 +53,7 @@ def write_series(image: Volume, slices: list[Dataset], folder: Path) -> None:
         whole.save_as(folder / f"{number:04d}.dcm", enforce_file_format=True)
 
 
-def stored(array: NDArray[np.generic]) -> NDArray[np.int16]:
+def stored(array: NDArray[Any]) -> NDArray[np.int16]:
     """Return an image as int16, rounded and clipped, as it is in the NIfTI file."""
     if array.dtype == np.int16:
         return array
@@ -82,7 +83,7 @@ def _common(planes: Planes, identity: Identity, modality: str, window: tuple[flo
     made.DerivationDescription = DERIVATION
     made.BurnedInAnnotation = "NO"
     made.LossyImageCompression = "00"
-    made.PatientPosition = "HFS"
+    made.PatientPosition, made.Laterality = "HFS", ""
     made.AcquisitionNumber = 1
     made.ImageOrientationPatient = decimals(planes.orientation)
     made.PixelSpacing = decimals([planes.row_spacing, planes.column_spacing])

@@ -72,7 +72,7 @@ def _frame_of_reference(made: Dataset, slices: list[Dataset], *, refers: bool) -
 
 
 def _region(number: int, each: Concept, made: Dataset) -> Dataset:
-    return _item(ROINumber=number, ReferencedFrameOfReferenceUID=made.FrameOfReferenceUID, ROIName=each.name[:64],
+    return _item(ROINumber=number, ReferencedFrameOfReferenceUID=made.FrameOfReferenceUID, ROIName=each.name,
                  ROIDescription=f"MAISI label {each.id}", ROIGenerationAlgorithm="AUTOMATIC")  # fmt: skip
 
 

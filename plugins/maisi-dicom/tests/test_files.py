@@ -173,7 +173,7 @@ def test_generate_writes_masks(plugged: None, capsys: pytest.CaptureFixture[str]
 
 def test_generate_writes_pairs_and_resumes(plugged: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(tiny_model(tmp_path / "model"))
-    settings = {"model": model, "size": "32x32x32", "spacing": "12x12x12", "seed": 5, "out": "run", "on_qc_fail": "keep",
+    settings = {"model": model, "size": "16x16x16", "spacing": "24x24x24", "seed": 5, "out": "run", "on_qc_fail": "keep",
                 "name": "s{index}", "preview": False, "format": "rtstruct,dicom,nifti"}  # fmt: skip
     (sample,) = synthesis.generate(**settings)
     assert set(sample.paths) == {"series", "seg", "rtstruct", "image", "label", "record"}

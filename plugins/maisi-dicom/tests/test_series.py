@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
@@ -79,6 +79,7 @@ angles = st.tuples(*[st.floats(-0.5, 0.5)] * 3)
 spacings = st.tuples(*[st.floats(0.3, 9)] * 3)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(angles, spacings, st.integers(0, 2**32))
 def test_every_voxel_stays_where_it_is(phantoms: Any, about: tuple[float, ...], spacing: tuple[float, ...], seed: int) -> None:
     geometry = phantoms.grid((5, 6, 7), spacing, phantoms.oblique(spacing, about=about))
@@ -111,7 +112,7 @@ def test_a_slight_shear_is_straightened_and_a_large_one_refused(phantoms: Any, t
 
 
 def test_the_files_say_that_they_are_synthetic(phantoms: Any, tmp_path: Path) -> None:
-    slices = slices_of(save_dicom(phantoms.make(phantoms.grids["plain"], id="c1"), tmp_path)["series"])
+    slices = slices_of(save_ct(phantoms.make(phantoms.grids["plain"], id="c1"), tmp_path)["series"])
     for each in slices:
         assert each.ImageType[:2] == ["DERIVED", "SECONDARY"]
         assert each.SyntheticData == "YES"
@@ -136,7 +137,7 @@ def test_names_that_dicom_cannot_hold_are_shortened_and_cleaned(phantoms: Any, t
 
 
 def test_an_mr_is_an_mr(phantoms: Any, tmp_path: Path) -> None:
-    sample = phantoms.make(phantoms.grids["plain"], modality="mri-t1")
+    sample = replace(phantoms.make(phantoms.grids["plain"], modality="mri-t1"), mask=None)
     assert sample.image is not None
     first = slices_of(save_dicom(sample, tmp_path)["series"])[0]
     assert (first.SOPClassUID, first.Modality) == (MRImageStorage, "MR")
@@ -170,5 +171,5 @@ def test_a_real_ct_written_again_has_the_scanners_geometry(shared: Callable[[str
                  "InstanceCreationDate", "InstanceCreationTime", "Laterality", "SpacingBetweenSlices", "PixelData"}  # fmt: skip
     assert {each.keyword for each in made[0]} - {each.keyword for each in real[0]} <= only_here
     for each in made[0]:
-        if each.keyword in real[0] and each.keyword:
+        if each.keyword in real[0] and each.keyword != "PixelData":  # theirs is compressed
             assert each.VR == real[0][each.keyword].VR

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from maisi_cli.anatomy import maisi
@@ -32,6 +32,7 @@ def fill(polygons: list[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray
     return crossings % 2 == 1, winding != 0
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_outlines_part_the_pixels_of_any_plane(mask: np.ndarray) -> None:
     odd, wound = fill(outlines(mask), mask.shape)
