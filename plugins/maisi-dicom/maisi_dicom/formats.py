@@ -15,7 +15,7 @@ import pydicom
 from maisi_cli.catalog import modality as find_modality
 from maisi_cli.errors import UsageError
 from maisi_cli.files import writes
-from maisi_cli.volumes import Sample, require_same_grid
+from maisi_cli.volumes import Sample, read_geometry, require_same_grid
 from pydicom.dataset import Dataset
 
 from .identity import Identity, identify
@@ -38,6 +38,8 @@ def _names(format: str, *needs: str) -> Callable[[str, GenerateSettings], list[s
     def names(id: str, settings: GenerateSettings) -> list[str]:
         has = {"paired": ("series", "seg", "rtstruct"), "image": ("series",), "mask": ("seg", "rtstruct")}[settings.mode]
         _require(format, has=has, modality=settings.modality, needs=needs)
+        if settings.mask is not None and Path(settings.mask).is_file():
+            planes_of(read_geometry(settings.mask))  # a sheared grid is refused now, not when the work is done
         kinds = [kind for kind in ("series", *(needs or ("seg",))) if kind in has]
         return [f"{id}{ENDS[kind]}" for kind in dict.fromkeys(kinds)]
 

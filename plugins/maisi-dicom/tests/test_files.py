@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import maisi_dicom
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -189,6 +190,17 @@ def test_generate_writes_pairs_and_resumes(plugged: None, tmp_path: Path, monkey
     with pytest.raises(UsageError, match="rtstruct needs samples with a mask"):
         list(synthesis.generate(**{**settings, "mode": "image", "format": "dicom,rtstruct", "out": "other"}))
     assert not Path("other").exists()
+
+
+def test_a_sheared_mask_is_refused_before_the_work(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = np.zeros((64, 64, 32), np.uint8)
+    labels[8:-8, 8:-8, 8:-8] = 200
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[0, 1] = 0.038  # small enough for the networks; 0.6 pixels over 64
+    nibabel.Nifti1Image(labels, affine).to_filename("own.nii.gz")
+    assert run(["generate", "--mask", "own.nii.gz", "--format", "dicom", "--out", "run"]) == 2
+    assert "sheared" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_structures_are_written_as_implicit_vr(phantoms: Any, tmp_path: Path) -> None:
