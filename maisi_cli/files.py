@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from .errors import CannotRun, UsageError
+
+if TYPE_CHECKING:
+    from .settings import GenerateSettings
+
+Save = TypeVar("Save", bound=Callable[..., Any])
+
+
+def writes(names: Callable[[str, GenerateSettings], Iterable[str]]) -> Callable[[Save], Save]:
+    """Say of an output format's function what it writes: `names(id, settings)` are files or folders in the output folder.
+
+    What exists of them is refused before a run begins. So are samples that the format cannot hold (mode, modality): for
+    these `names` raises `UsageError`.
+    """
+
+    def mark(save: Save) -> Save:
+        save.names = names  # type: ignore[attr-defined]
+        return save
+
+    return mark
 
 
 def refuse_overwriting(path: Path, *, force: bool) -> None:

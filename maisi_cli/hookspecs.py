@@ -84,7 +84,8 @@ def register_checks(register: Register) -> None:
 def register_formats(register: Register) -> None:
     """Add output formats: `register("nifti", "maisi_cli.volumes:save_nifti")`, chosen with `--format`.
 
-    The target is a function `save(sample, folder, *, force) -> dict[str, Path]`.
+    The target is a function `save(sample, folder, *, force) -> dict[str, Path]`: the files or folders that it wrote, by kind.
+    Decorate it with `maisi_cli.files.writes`, so that a run is refused before its work when they exist already.
     """
 
 

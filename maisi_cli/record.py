@@ -53,8 +53,8 @@ def build(
 
     `settings` maps every resolved setting to its value and `origins` to where it came from; `model` holds
     name, licence and weights (part, file, sha256); `mask` says where the mask came from; `verdict` is a
-    quality verdict (None: not checked); `outputs` maps a kind (`image`, `label`) to a finished file, which is
-    hashed here. Raises `ValueError` for a setting without an origin, `TypeError` for a value that JSON cannot
+    quality verdict (None: not checked); `outputs` maps a kind (`image`, `label`) to a finished file or folder,
+    which is hashed here. Raises `ValueError` for a setting without an origin, `TypeError` for a value that JSON cannot
     hold.
     """
     if set(settings) - set(origins):
@@ -80,7 +80,7 @@ def build(
         "geometry": plain(geometry),
         "mask": plain(mask),
         "qc": plain(verdict.as_dict()) if verdict is not None else None,
-        "outputs": {kind: {"file": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for kind, path in outputs.items()},
+        "outputs": {kind: {"file": path.name, "sha256": sha256_of(path), "bytes": _bytes(path)} for kind, path in outputs.items()},
         "notes": list(notes),
         "plugins": plain(plugins or {}),
         "timing": {
@@ -145,14 +145,29 @@ def changed_outputs(record: Mapping[str, Any], folder: str | Path) -> list[str]:
     return [
         entry["file"]
         for entry in record["outputs"].values()
-        if not (path := Path(folder) / entry["file"]).is_file() or sha256_of(path) != entry["sha256"]
+        if not (path := Path(folder) / entry["file"]).exists() or sha256_of(path) != entry["sha256"]
     ]
 
 
 def sha256_of(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    That of a folder is of the lines `DIGEST  PATH` of all of its files, sorted by path: `sha256sum` of what it prints itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        lines = (f"{sha256_of(each)}  {each.relative_to(path).as_posix()}\n" for each in _files(path))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.is_file())
+
+
+def _bytes(path: Path) -> int:
+    return sum(each.stat().st_size for each in (_files(path) if path.is_dir() else [path]))
 
 
 def plain(value: Any) -> Any:

@@ -207,11 +207,12 @@ class _Run:
             if index % shares != share - 1:
                 continue
             job = Job(index=index, seed=settings.seed, id=sample_id(settings, self.spec, index))
+            outputs = self._outputs(job)
             if settings.resume and self._complete(job):
                 self.tell(Note(text=f"{job.id} is complete"))
                 continue
             if not settings.resume:
-                for path in self._outputs(job):
+                for path in outputs:
                     refuse_overwriting(path, force=settings.force)
             found.append(job)
         return found
@@ -320,12 +321,13 @@ class _Run:
     # --- files ----------------------------------------------------------------------------
 
     def _outputs(self, job: Job) -> list[Path]:
-        """Return the files that a sample will have and that must not exist before."""
+        """Return the files and folders that a sample will have and that must not exist before; formats refuse modes here."""
         settings = self.settings
-        kinds = {"paired": ["image.nii.gz", "label.nii.gz"], "image": ["image.nii.gz"], "mask": ["label.nii.gz"]}[settings.mode]
-        ends = ["record.json", *(kinds if "nifti" in settings.format else [])]
-        ends += ["preview.png"] * settings.preview + ["latent.npy"] * (settings.keep_latent and settings.mode != "mask")
-        return [self.out / f"{job.id}_{end}" for end in ends]
+        ends = ["record.json"] + ["preview.png"] * settings.preview + ["latent.npy"] * (settings.keep_latent and settings.mode != "mask")
+        names = [f"{job.id}_{end}" for end in ends]
+        for save in map(plugins().registry("formats").get, settings.format):
+            names += save.names(job.id, settings) if hasattr(save, "names") else []
+        return [self.out / name for name in names]
 
     def _complete(self, job: Job) -> bool:
         """Say whether a sample of these very settings is there with all of its files."""

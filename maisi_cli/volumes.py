@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from .errors import UsageError
 from .events import Note, OnEvent, ignore
-from .files import refuse_overwriting, write_atomic
+from .files import refuse_overwriting, write_atomic, writes
 from .geometry import Affine, Geometry, Size, format_triple
 
 if TYPE_CHECKING:
     import nibabel
 
     from .quality import Verdict
+    from .settings import GenerateSettings
 
 AIR_HU = -1000
 SUFFIXES = (".nii.gz", ".nii")
@@ -278,6 +279,12 @@ def write_mask(mask: Mask, path: str | Path, *, force: bool = False, description
     return _write(mask.array, mask.geometry, Path(path), force=force, description=description, intent="label")
 
 
+def _nifti_names(id: str, settings: GenerateSettings) -> list[str]:
+    kinds = {"paired": ("image", "label"), "image": ("image",), "mask": ("label",)}[settings.mode]
+    return [f"{id}_{kind}.nii.gz" for kind in kinds]
+
+
+@writes(_nifti_names)
 def save_nifti(sample: Sample, folder: str | Path, *, force: bool = False) -> dict[str, Path]:
     """Write a sample as `{id}_image.nii.gz` and `{id}_label.nii.gz`; the output format `nifti`."""
     wanted: dict[str, Volume | Mask] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -98,6 +99,22 @@ def test_outputs_are_hashed_and_changes_are_seen(tmp_path):
     assert record.changed_outputs(made, tmp_path) == ["case7_image.nii.gz"]
     (tmp_path / "case7_image.nii.gz").unlink()
     assert record.changed_outputs(made, tmp_path) == ["case7_image.nii.gz"]
+
+
+def test_a_folder_counts_as_one_output(tmp_path):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "2.dcm").write_bytes(b"voxels")
+    (folder / "1.dcm").write_bytes(b"")
+    # (cd series; sha256sum 1.dcm 2.dcm) | sha256sum
+    wanted = "269913277ce58236ea8c0753f6f5cd297354d4ba69844398eebd59f0196e9962"
+    made = make(tmp_path, outputs={"series": folder})
+    assert made["outputs"]["series"] == {"file": "series", "sha256": wanted, "bytes": 6}
+    assert record.changed_outputs(made, tmp_path) == []
+    (folder / "3.dcm").write_bytes(b"")
+    assert record.changed_outputs(made, tmp_path) == ["series"]
+    shutil.rmtree(folder)
+    assert record.changed_outputs(made, tmp_path) == ["series"]
 
 
 def test_only_the_timing_differs_between_two_runs(tmp_path):

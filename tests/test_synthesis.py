@@ -12,8 +12,12 @@ import pytest
 from maisi_cli import quality, synthesis
 from maisi_cli.cli import run
 from maisi_cli.errors import CannotRun, Rejected, UsageError
+from maisi_cli.files import writes
 from maisi_cli.geometry import Geometry
+from maisi_cli.hookspecs import Register, hookimpl
+from maisi_cli.plugins import load
 from maisi_cli.record import sha256_of
+from maisi_cli.settings import GenerateSettings
 from maisi_cli.testing import tiny_model
 from maisi_cli.volumes import Mask, Sample, write_mask
 
@@ -81,6 +85,53 @@ def test_finished_files_are_not_overwritten(model: str) -> None:
     with pytest.raises(UsageError, match="exists"):
         make(model)
     assert len(make(model, force=True)) == 1
+
+
+class TextFormat:
+    """A format of a plugin: a folder `{id}_text`, of masks alone."""
+
+    @staticmethod
+    @hookimpl
+    def register_formats(register: Register) -> None:
+        def names(id: str, settings: GenerateSettings) -> list[str]:
+            if settings.mode != "mask":
+                raise UsageError("format text holds masks alone", hint="add --mode mask")
+            return [f"{id}_text"]
+
+        @writes(names)
+        def save(sample: Sample, folder: Path, *, force: bool) -> dict[str, Path]:
+            (folder / f"{sample.id}_text").mkdir(parents=True, exist_ok=force)
+            (folder / f"{sample.id}_text" / "labels.txt").write_text(str(sample.mask and sample.mask.ids()))
+            return {"text": folder / f"{sample.id}_text"}
+
+        register("text", save)
+
+
+@pytest.fixture
+def text_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load("", extra={"text": TextFormat()})
+    for module in ("synthesis", "plugins"):
+        monkeypatch.setattr(f"maisi_cli.{module}.plugins", lambda: loaded)
+
+
+def test_what_a_format_writes_is_known_before_the_work(model: str, text_format: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = make(model, mode="mask", format="nifti,text")[0]
+    record = json.loads(sample.paths["record"].read_text())
+    assert record["outputs"]["text"] == {"file": "s0_text", "sha256": sha256_of(Path("run/s0_text")),
+                                         "bytes": Path("run/s0_text/labels.txt").stat().st_size}  # fmt: skip
+    assert make(model, mode="mask", format="nifti,text", resume=True) == []
+    Path("run/s0_text/labels.txt").write_text("damaged")
+    assert [again.id for again in make(model, mode="mask", format="nifti,text", resume=True)] == ["s0"]
+
+    monkeypatch.setattr(synthesis._Run, "make", lambda *_: pytest.fail("work was begun"))
+    sample.paths["record"].unlink()
+    sample.paths["label"].unlink()
+    with pytest.raises(UsageError, match="s0_text already exists"):
+        make(model, mode="mask", format="nifti,text")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="masks alone"):
+            make(model, format="text", out="other", resume=resume)
+    assert not Path("other").exists()
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, *passed: bool) -> list[int]:
