@@ -146,7 +146,7 @@ def test_missing_weights_name_the_command_that_fetches_them(tmp_path: Path, monk
     assert caught.value.hint == "maisi models pull rflow-mr"
     with pytest.raises(UsageError, match="lists no weights for its controlnet"):
         locate(model("rflow-mr"), ("controlnet",))
-    path = weights_home() / "rflow-mr" / "models" / "autoencoder_v2.pt"
+    path = weights_home() / "nvidia" / "NV-Generate-MR" / "main" / "models" / "autoencoder_v2.safetensors"
     path.parent.mkdir(parents=True)
     path.touch()
     assert locate(model("rflow-mr"), ("vae",)) == {"vae": path}
