@@ -1,15 +1,24 @@
-"""A model hub on 127.0.0.1: it speaks the endpoints that files are resolved and fetched by, and misbehaves on request."""
+"""A model hub on 127.0.0.1: it speaks the endpoints that files are resolved and fetched by, and misbehaves on request.
+
+It serves a model of five very small networks in the layouts of the released checkpoints.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import threading
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+from maisi_cli.testing import TINY
 
 COMMIT = "c0ffee00" * 5
 
@@ -165,3 +174,161 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+# --- a model in the released layouts ----------------------------------------------------------------
+
+REPO = "maisi-test/tiny"
+SCALE = 1.0311251878738403
+LICENCE = '[licence]\nname = "Test Licence"\nurl = "https://example.org/licence"\ncommercial = true\n'
+
+_MASK_NETWORKS = """
+[networks.mask_vae]
+kind = "autoencoder_kl_maisi"
+spatial_dims = 3
+in_channels = 8
+out_channels = 5
+latent_channels = 4
+num_channels = [8, 8, 8]
+num_res_blocks = [1, 1, 1]
+norm_num_groups = 4
+norm_eps = 1e-6
+attention_levels = [false, false, false]
+with_encoder_nonlocal_attn = false
+with_decoder_nonlocal_attn = false
+use_flash_attention = false
+use_checkpointing = false
+use_convtranspose = true
+
+[networks.mask_unet]
+kind = "unet"
+spatial_dims = 3
+in_channels = 4
+out_channels = 4
+num_channels = [8, 8]
+attention_levels = [false, true]
+num_head_channels = [0, 8]
+num_res_blocks = 1
+norm_num_groups = 4
+with_conditioning = true
+cross_attention_dim = 10
+"""
+
+FILES = {
+    "vae": ("models/autoencoder_v1.pt", "state_dict"),
+    "unet": ("models/diff_unet_3d_tiny-ct.pt", "unet"),
+    "controlnet": ("models/controlnet_3d_tiny-ct.pt", "controlnet"),
+    "mask_vae": ("models/mask_generation_autoencoder.pt", "state_dict"),
+    "mask_unet": ("models/mask_generation_diffusion_unet.pt", "mask_unet"),
+}
+SIZES = "datasets/all_anatomy_size_conditions.json"
+MASKS = "datasets/all_masks.zip"
+
+
+def model_text(*, licence: str = LICENCE, pins: Mapping[str, str] | None = None, name: str = "tiny-hub") -> str:
+    """Return a model file whose weights are on the hub; `pins` are sha256 by path, git's SHA-1 when they have 40 digits.
+
+    The attention of its UNet and ControlNet has no projection, as that of ddpm-ct, and the scale factor is in the weights.
+    """
+    head = TINY[: TINY.index("[[weights]]")].replace("include_fc = true", "include_fc = false").replace("scale_factor = 1.0\n", "")
+    head = head.replace('name = "tiny"', f'name = "{name}"')
+    rows = [(part, path, layout) for part, (path, layout) in FILES.items()]
+    rows += [("data", SIZES, "data"), ("data", MASKS, "data")]
+    text = f"{head}{_MASK_NETWORKS}\n{licence}"
+    for part, path, layout in rows:
+        text += f'\n[[weights]]\npart = "{part}"\npath = "{path}"\nlayout = "{layout}"\nrepo = "{REPO}"\nrevision = "{COMMIT}"\n'
+        if pins and path in pins:
+            text += f'{"git_sha1" if len(pins[path]) == 40 else "sha256"} = "{pins[path]}"\n'
+    return text
+
+
+@cache
+def states() -> dict[str, dict[str, Any]]:
+    """Return the random weights of each network of the model, with the excess keys that the ddpm-ct files hold."""
+    import tempfile
+
+    import torch
+    from maisi_cli.catalog import read_model
+    from maisi_cli.networks import build
+
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(model_text())
+        file.flush()
+        spec = read_model.__wrapped__(Path(file.name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        found: dict[str, dict[str, Any]] = {part: dict(build(network).state_dict()) for part, network in spec.networks.items()}
+    for part in ("unet", "controlnet"):
+        for key in [key for key in found[part] if key.endswith(".attn.to_q.weight")]:
+            stem, width = key.removesuffix("to_q.weight"), len(found[part][key])
+            found[part] |= {f"{stem}out_proj.weight": torch.ones(width, width), f"{stem}out_proj.bias": torch.ones(width)}
+    return found
+
+
+def saved(content: Any) -> bytes:
+    """Return what `torch.save` writes."""
+    import torch
+
+    out = io.BytesIO()
+    torch.save(content, out)
+    return out.getvalue()
+
+
+def released(layout: str, tensors: Mapping[str, Any]) -> Any:
+    """Return a checkpoint in one of the released layouts, with what training left in it."""
+    import torch
+    from monai.data import MetaTensor
+
+    scale = MetaTensor(torch.tensor(SCALE))
+    moments = {
+        "state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.ones(1000)}},
+        "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}],
+    }
+    return {
+        "state_dict": dict(tensors),
+        "v2": {"epoch": 3, "unet_state_dict": dict(tensors), "epoch_finished": True},
+        "unet": {"epoch": 3, "loss": 0.1, "num_train_timesteps": 1000, "scale_factor": scale, "unet_state_dict": dict(tensors),
+                 "epoch_finished": True, "optimizer_state_dict": moments, "scheduler_state_dict": {"last_epoch": 3}},
+        "controlnet": {"epoch": 3, "loss": 0.1, "controlnet_state_dict": dict(tensors)},
+        "mask_unet": {"unet_state_dict": dict(tensors), "scale_factor": torch.tensor(1.0055984258651733)},
+    }[layout]  # fmt: skip
+
+
+@cache
+def checkpoints() -> dict[str, bytes]:
+    """Return the released files of the model by their paths."""
+    return {path: saved(released(layout, states()[part])) for part, (path, layout) in FILES.items()}
+
+
+def zipped(*names: str) -> bytes:
+    """Return a zip with members of these names."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"mask")
+    return out.getvalue()
+
+
+def publish(hub: FakeHub) -> dict[str, str]:
+    """Put the model on the hub; return the hash that pins each file."""
+    pins = {path: hub.put(REPO, path, content) for path, content in checkpoints().items()}
+    hub.put(REPO, SIZES, b'[{"organ_size": [0.5]}]', small=True)
+    pins[SIZES] = hub.etag(SIZES, hub.files[REPO, SIZES])
+    pins[MASKS] = hub.put(REPO, MASKS, zipped("all_masks/a.nii.gz"))
+    return pins
+
+
+@contextmanager
+def isolated(monkeypatch: Any, home: Path) -> Iterator[FakeHub]:
+    """Run a hub that everything in the block is sent to, with an empty folder of weights and without a token."""
+    from huggingface_hub import constants
+
+    with running() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        monkeypatch.setenv("MAISI_HOME", str(home))
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.setenv(name, "")  # and not what a command sets while it runs
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+        yield server

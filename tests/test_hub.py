@@ -16,7 +16,7 @@ from maisi_cli.catalog import WeightFile
 from maisi_cli.errors import CannotRun
 from maisi_cli.events import Event, Step
 
-from .fakehub import COMMIT, FakeHub, git_sha1, running
+from .fakehub import COMMIT, FakeHub, git_sha1, isolated
 
 REPO, PATH = "owner/net", "models/unet.pt"
 DATA = bytes(range(256)) * 200
@@ -26,15 +26,7 @@ WEIGHT = WeightFile(part="unet", path=PATH, layout="unet", repo=REPO, revision=C
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """Run a hub with one file, and send what is asked of the hub to it, without a token."""
-    from huggingface_hub import constants
-
-    with running() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.address)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+    with isolated(monkeypatch, tmp_path / "home") as server:
         server.put(REPO, PATH, DATA)
         yield server
 
