@@ -305,6 +305,12 @@ def models() -> tuple[ModelSpec, ...]:
     return tuple(_registered(entry) for entry in plugins().registry("models"))
 
 
+def pull_command(spec: ModelSpec) -> str:
+    """Return the command that installs a model: by its name when it is registered, else by its file."""
+    registered = any(spec.path == other.path for other in models())
+    return f"maisi models pull {spec.name if registered else spec.path}"
+
+
 def model(name: str) -> ModelSpec:
     """Return a model by name, or from a `.toml` file of one's own. Raises `UsageError` with near matches."""
     if name.endswith(".toml"):

@@ -413,7 +413,7 @@ def require_weights(spec: Any, mode: str) -> None:
     path = next((each for each in missing if not each.is_file()), spec.path)
     pulled = any(weight.repo is not None for weight in spec.weights)
     if pulled:
-        hint = f"maisi models pull {spec.name}"
+        hint = catalog.pull_command(spec)
     elif spec.bundled:
         hint = "its weights come with maisi: install maisi again"
     else:

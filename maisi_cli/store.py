@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from . import __version__
-from .catalog import Licence, ModelSpec, WeightFile, home, models
+from .catalog import Licence, ModelSpec, WeightFile, home, models, pull_command
 from .errors import CannotRun, Rejected, UsageError
 from .events import Note, OnEvent, Stage, Step, ignore
 from .files import refuse_overwriting, write_atomic
@@ -289,7 +289,7 @@ def export_bundle(specs: Sequence[ModelSpec], path: Path, *, force: bool = False
         if all(weight.repo is None for weight in spec.weights):
             raise UsageError(f"model {spec.name} has no files from the hub", hint="copy its folder, or leave it out")
         if not spec.installed(spec.modes[0]):
-            raise CannotRun(f"model {spec.name} is not installed", hint=f"maisi models pull {spec.name}")
+            raise CannotRun(f"model {spec.name} is not installed", hint=pull_command(spec))
         found = [spec.weight_path(weight) for weight in spec.weights if weight.repo is not None]
         files |= {file: read_origin(file) for file in found if file.is_file()}
     total = sum(file.stat().st_size for file in files)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import hub, store
-from .catalog import ModelSpec, WeightFile, home
+from .catalog import ModelSpec, WeightFile, home, pull_command
 from .errors import CannotRun, MaisiError, UsageError
 from .events import Note, OnEvent, Saved, Stage, ignore
 from .record import sha256_of
@@ -49,7 +49,7 @@ def locate(model: ModelSpec, parts: tuple[str, ...] | list[str]) -> dict[str, Pa
             missing.append(str(path))
     if missing:
         raise CannotRun(f"model {model.name} is not installed: {missing[0]} is missing",
-                        hint=f"maisi models pull {model.name}")  # fmt: skip
+                        hint=pull_command(model))  # fmt: skip
     return found
 
 
@@ -156,9 +156,8 @@ def pull(
         return _own(spec, on_event)
     lacking = [weight for weight in wanted if force or not store.present(spec, weight)]
     if lacking:
-        command = f"maisi models pull {spec.path if not _registered(spec) else spec.name}"
         store.check_licence(spec.name, spec.licence, accepted=accept_license, commercial=commercial,
-                            where=hub.page(str(wanted[0].repo)), command=command)  # fmt: skip
+                            where=hub.page(str(wanted[0].repo)), command=pull_command(spec))  # fmt: skip
         if offline or hub.offline():
             raise CannotRun(f"model {spec.name} is not installed, and nothing is fetched offline",
                             hint="maisi models import BUNDLE  installs what  maisi models export  wrote elsewhere")  # fmt: skip
@@ -175,12 +174,6 @@ def _own(spec: ModelSpec, on_event: OnEvent) -> list[store.Installed]:
         raise UsageError(f"model {spec.name} lists no file of a hub", hint=f"put its files beside {spec.path}")
     on_event(Note(text=f"{spec.name} comes with maisi: there is nothing to fetch"))
     return [_installed(spec, weight, "present") for weight in spec.weights if spec.weight_path(weight).is_file()]
-
-
-def _registered(spec: ModelSpec) -> bool:
-    from .catalog import models
-
-    return any(spec.path == other.path for other in models())
 
 
 def _installed(spec: ModelSpec, weight: WeightFile, status: str) -> store.Installed:
@@ -295,7 +288,7 @@ def verify(spec: ModelSpec, *, on_event: OnEvent = ignore) -> list[Check]:
     """
     files = {weight: spec.weight_path(weight) for weight in spec.weights}
     if not any(file.is_file() for file in files.values()):
-        raise CannotRun(f"model {spec.name} is not installed", hint=f"maisi models pull {spec.name}")
+        raise CannotRun(f"model {spec.name} is not installed", hint=pull_command(spec))
     needed = {part for mode in spec.modes for part in spec.parts_for(mode)}
     checks = []
     for weight, file in files.items():
