@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -58,20 +59,28 @@ class FakeHub:
         self.files[repo, path] = content
         if small:
             self.small.add(path)
-        return hashlib.sha256(self.read(content)).hexdigest()
+        return digest(content)
 
     @staticmethod
     def read(content: bytes | Path) -> bytes:
         return content if isinstance(content, bytes) else content.read_bytes()
 
     def etag(self, path: str, content: bytes | Path) -> str:
-        data = self.read(content)
         if path in self.small:
-            return git_sha1(data)
-        return hashlib.sha256(data).hexdigest()
+            return git_sha1(self.read(content))
+        return digest(content)
 
     def gets(self, where: str = "cdn") -> list[Asked]:
         return [each for each in self.asked if each.method == "GET" and each.where == where]
+
+
+@cache
+def digest(content: bytes | Path) -> str:
+    """Return the sha256 of a file's content."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_sha1(data: bytes) -> str:
@@ -146,22 +155,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, name: str, about: dict[str, str] | None = None) -> None:
         hub = self.state
         owner, repo, path = name.split("/", 2)
-        data = hub.swap.get(path) if path in hub.swap else hub.read(hub.files[f"{owner}/{repo}", path])
-        assert data is not None
+        content = hub.swap.get(path) or hub.files[f"{owner}/{repo}", path]
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         if self.command == "GET" and hub.cut is None and hub.down:
             hub.down -= 1
             self._status(503, "")
             return
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         first = int(asked[1]) if asked and hub.ranges else 0
-        extra = {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if asked and hub.ranges else {}
-        rest = data[first:]
-        self._headers(206 if extra else 200, {**(about or {}), **extra, "Content-Length": str(len(rest))})
+        extra = {"Content-Range": f"bytes {first}-{size - 1}/{size}"} if asked and hub.ranges else {}
+        self._headers(206 if extra else 200, {**(about or {}), **extra, "Content-Length": str(size - first)})
         if self.command == "GET":
-            if hub.cut is not None:
-                rest, hub.cut = rest[: hub.cut], None
-                self.close_connection = True
-            self.wfile.write(rest)
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+                file.seek(first)
+                if hub.cut is None:
+                    shutil.copyfileobj(file, self.wfile, 2**20)
+                else:
+                    self.wfile.write(file.read(hub.cut))
+                    hub.cut, self.close_connection = None, True
 
     def _status(self, status: int, code: str) -> None:
         self._headers(status, {"Content-Length": "0", **({"X-Error-Code": code} if code else {})})

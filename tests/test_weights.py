@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -586,3 +588,73 @@ def test_a_damaged_origin_is_no_origin(tmp_path: Path, damage: str) -> None:
     assert store.read_origin(file) == dataclasses.replace(origin, path="other")
     store.origin_path(file).write_text(wrong)
     assert store.read_origin(file) is None
+
+
+# --- full size --------------------------------------------------------------------------------------
+
+SCALES = {"rflow-ct": 1.0311251878738403, "ddpm-ct": 1.25, "rflow-mr": 0.96240234375, "rflow-mr-brain": 0.9696779847145081}
+ADAM = ("diff_unet_3d_rflow",)
+"""Files that hold the optimiser's two moments for each weight, which are two thirds of them."""
+
+
+def full_size(folder: Path, name: str) -> tuple[Path, dict[str, Path]]:
+    """Write a released model's checkpoints at full size with random weights, and its model file without pins."""
+    about = model(name)
+    text = about.path.read_text("utf-8")
+    kept = [row for row in text.split("[[weights]]") if 'part = "data"' not in row]
+    lines = [line for line in "[[weights]]".join(kept).splitlines() if not line.startswith(("sha256", "git_sha1"))]
+    (folder / f"{name}.toml").write_text("\n".join(lines))
+    files: dict[str, Path] = {}
+    for weight in about.weights:
+        if weight.part == "data":
+            continue
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in build(about.networks[weight.part]).state_dict().items()}
+        tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+        if name == "ddpm-ct" and weight.part in ("unet", "controlnet"):
+            for key in [key for key in tensors if key.endswith(".attn.to_q.weight")]:
+                stem, width = key.removesuffix("to_q.weight"), len(tensors[key])
+                tensors |= {f"{stem}out_proj.weight": torch.randn(width, width), f"{stem}out_proj.bias": torch.randn(width)}
+        layout = "v2" if weight.path.endswith("_v2.pt") else weight.layout
+        content = released(layout, tensors)
+        if "scale_factor" in content and weight.part == "unet":
+            content["scale_factor"].fill_(SCALES[name])
+            content.pop("optimizer_state_dict")
+            if Path(weight.path).name.startswith(ADAM):
+                moments = {
+                    key: {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)} for key, value in tensors.items()
+                }
+                content["optimizer_state_dict"] = {"state": moments}
+        files[weight.path] = folder / Path(weight.path).name
+        torch.save(content, files[weight.path])
+        assert files[weight.path].stat().st_size / 2**20 == pytest.approx(weight.mib, rel=0.01)
+    return folder / f"{name}.toml", files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCALES)
+def test_the_released_checkpoints_are_installed_at_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Files of the released sizes, layouts and keys: 3.2 GB for rflow-ct, of which 1.8 GB stay."""
+    (tmp_path / "published").mkdir()
+    path, files = full_size(tmp_path / "published", name)
+    with isolated(monkeypatch, tmp_path / "home") as server:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**23)
+        here = model(str(path))
+        for weight in here.weights:
+            assert weight.repo is not None
+            server.put(weight.repo, weight.path, files[weight.path])
+        began = time.monotonic()
+        done = pull(here, accept_license=True)
+        print(f"{name}: {sum(file.stat().st_size for file in files.values()) / 2**20:.0f} MiB published, "  # noqa: T201
+              f"{sum(each.bytes for each in done) / 2**20:.0f} MiB installed, {time.monotonic() - began:.0f} s, "
+              f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")  # fmt: skip
+        assert {check.status for check in verify(here)} == {"ok"}
+        assert not list((tmp_path / "home").rglob("*.pt")) + list((tmp_path / "home").rglob("*.part"))
+        for each in done:
+            with torch.device("meta"):
+                shapes = build(here.networks[each.part]).state_dict()
+            assert each.bytes == pytest.approx(4 * sum(value.numel() for value in shapes.values()), rel=0.001)
+        (unet,) = (each.file for each in done if each.part == "unet")
+        assert load_state(unet).scale_factor == pytest.approx(SCALES[name], abs=1e-7)
