@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from . import hub, store
 from .catalog import ModelSpec, WeightFile, home, pull_command
 from .errors import CannotRun, MaisiError, UsageError
 from .events import Note, OnEvent, Saved, Stage, ignore
+from .files import write_atomic
 from .record import sha256_of
 
 # top-level key of the released checkpoints that holds the tensors, by layout
@@ -122,8 +124,6 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[s
     """Write tensors as safetensors, in float16 unless `half` is False; the file appears complete or not at all."""
     from safetensors.torch import save
 
-    from .files import write_atomic
-
     ready = {key: value.detach().cpu().to(torch.float16 if half and value.is_floating_point() else value.dtype).contiguous()
              for key, value in tensors.items()}  # fmt: skip
     write_atomic(path, save(ready, metadata=dict(metadata)))
@@ -140,13 +140,14 @@ def weights_home() -> Path:
 
 def pull(
     spec: ModelSpec, *, accept_license: bool = False, commercial: bool = False, offline: bool = False, database: bool = False,
-    force: bool = False, on_event: OnEvent = ignore,
+    force: bool = False, source: Path | None = None, on_event: OnEvent = ignore,
 ) -> list[store.Installed]:  # fmt: skip
     """Install the files of a model that are not installed yet, and return all of them.
 
     Each is fetched at its pinned revision, compared with its hash, and released checkpoints are converted to safetensors
     (float32, without the optimiser's state), after which the `.pt` is gone. `database` fetches the mask database as well,
-    `force` everything anew. A failure leaves what is installed as it was; only what has arrived of a file waits, hidden,
+    `force` everything anew; with `source` the files are taken from a folder that has them, which stays as it is, and no
+    network is used. A failure leaves what is installed as it was; only what has arrived of a file waits, hidden,
     for the next try. Raises `CannotRun` for a licence that is not accepted, a hub that refuses or cannot be reached, a
     file with another hash and a disk without room, `UsageError` for a file that is no checkpoint of its network.
     """
@@ -158,13 +159,20 @@ def pull(
     if lacking:
         store.check_licence(spec.name, spec.licence, accepted=accept_license, commercial=commercial,
                             where=hub.page(str(wanted[0].repo)), command=pull_command(spec))  # fmt: skip
-        if offline or hub.offline():
+        if source is None and (offline or hub.offline()):
             raise CannotRun(f"model {spec.name} is not installed, and nothing is fetched offline",
                             hint="maisi models import BUNDLE  installs what  maisi models export  wrote elsewhere")  # fmt: skip
+        for weight in lacking:
+            file = spec.weight_path(weight)
+            if file.exists() and not force and store.read_origin(file) is None:
+                raise UsageError(f"{file} is there, but was not installed by maisi", hint="add --force to replace it, or move it away")
         with store.locked():
-            _fetch_all(spec, lacking, force=force, on_event=on_event)
+            if source is None:
+                _fetch_all(spec, lacking, on_event)
+            else:
+                wanted = [*(weight for weight in wanted if weight not in lacking), *_take_all(spec, lacking, source, on_event)]
     left_out = [weight for weight in spec.weights if store.is_database(weight) and weight not in wanted and not store.present(spec, weight)]
-    for weight in left_out:
+    for weight in left_out if source is None else ():
         on_event(Note(text=f"left out {weight.path}{f' ({weight.mib:g} MiB)' if weight.mib else ''}: add --mask-database for it"))
     return [_installed(spec, weight, "fetched" if weight in lacking else "present") for weight in wanted]
 
@@ -182,27 +190,51 @@ def _installed(spec: ModelSpec, weight: WeightFile, status: str) -> store.Instal
     return store.Installed(part=weight.part, file=file, status=status, bytes=file.stat().st_size, sha256=origin.sha256 if origin else None)
 
 
-def _fetch_all(spec: ModelSpec, lacking: Sequence[WeightFile], *, force: bool, on_event: OnEvent) -> None:
-    for weight in lacking:
-        file = spec.weight_path(weight)
-        if file.exists() and not force and store.read_origin(file) is None:
-            raise UsageError(f"{file} is there, but was not installed by maisi", hint="add --force to replace it, or move it away")
+def _fetch_all(spec: ModelSpec, lacking: Sequence[WeightFile], on_event: OnEvent) -> None:
+    """Fetch and install files from the hub, one after the other."""
     on_event(Stage(name="ask", detail=hub.endpoint()))
     remotes = [hub.probe(weight) for weight in lacking]  # what the hub refuses is known before anything is fetched
     for weight, remote in zip(lacking, remotes, strict=True):
         _check_promise(weight, remote)
+    places = [spec.weight_path(weight).with_name(Path(weight.path).name) for weight in lacking]
     sizes = [remote.bytes or int((weight.mib or 0) * 2**20) for weight, remote in zip(lacking, remotes, strict=True)]
-    copied = [size for weight, size in zip(lacking, sizes, strict=True) if weight.layout not in ("safetensors", "data")]
-    store.require_space(home(), sum(sizes) + max(copied, default=0), f"model {spec.name}")
-    for weight, remote in zip(lacking, remotes, strict=True):
-        target = spec.weight_path(weight)
+    arrived = sum(part.stat().st_size for place in places for part in hub.parts(place))
+    store.require_space(home(), _space(lacking, sizes) - arrived, f"model {spec.name}")
+    for weight, remote, place in zip(lacking, remotes, places, strict=True):
         on_event(Stage(name="fetch", detail=weight.path))
-        part = hub.fetch(remote, target.with_name(Path(weight.path).name), on_event)
+        part = hub.fetch(remote, place, on_event)
         try:
-            _install(spec, weight, remote, part, on_event)
-        finally:
-            part.unlink(missing_ok=True)  # moved, converted, or not what it should be
-        on_event(Saved(path=target, kind=weight.part))
+            _install(spec, weight, part, on_event, remote=remote)
+        except UsageError:
+            part.unlink()
+            raise
+        part.unlink(missing_ok=True)  # it was converted, where it was not moved
+
+
+def _take_all(spec: ModelSpec, lacking: Sequence[WeightFile], source: Path, on_event: OnEvent) -> list[WeightFile]:
+    """Install files from a folder that has them, by their path on the hub or by their name; return those that it has."""
+    if not source.is_dir():
+        raise UsageError(f"there is no folder {source}", hint="give the folder that holds the released files")
+    needed = {part for mode in spec.modes for part in spec.parts_for(mode)}
+    found: dict[WeightFile, Path] = {}
+    for weight in lacking:
+        file = next((file for file in (source / weight.path, source / Path(weight.path).name) if file.is_file()), None)
+        if file is not None:
+            found[weight] = file
+        elif weight.part in needed:
+            raise UsageError(f"{source} has no {weight.path}", hint="give the folder that holds it, or leave out --from to fetch it")
+        else:
+            on_event(Note(text=f"left out {weight.path}: {source} does not have it"))
+    store.require_space(home(), _space(list(found), [file.stat().st_size for file in found.values()]), f"model {spec.name}")
+    for weight, file in found.items():
+        _install(spec, weight, file, on_event)
+    return list(found)
+
+
+def _space(weights: Sequence[WeightFile], sizes: Sequence[int]) -> int:
+    """Return the bytes that may be needed: every file, and the largest once more while it is converted."""
+    converted = [size for weight, size in zip(weights, sizes, strict=True) if weight.layout != "data"]
+    return sum(sizes) + max(converted, default=0)
 
 
 def _check_promise(weight: WeightFile, remote: hub.Remote) -> None:
@@ -214,41 +246,60 @@ def _check_promise(weight: WeightFile, remote: hub.Remote) -> None:
                         hint="the publisher replaced it: update maisi")  # fmt: skip
 
 
-def _install(spec: ModelSpec, weight: WeightFile, remote: hub.Remote, part: Path, on_event: OnEvent) -> None:
-    """Check a fetched file and put it where it belongs, converted where it is a released checkpoint."""
-    sha256, git_sha1 = store.hashes_of(part)
-    etag = remote.etag or ""
+def _install(spec: ModelSpec, weight: WeightFile, file: Path, on_event: OnEvent, *, remote: hub.Remote | None = None) -> None:
+    """Check a file and put it where it belongs, converted where it is a released checkpoint.
+
+    A file that was fetched (`remote`) is moved, one of the user's is copied.
+    """
+    name = f"{weight.path} of {weight.repo}" if remote else str(file)
+    sha256, git_sha1 = store.hashes_of(file)
+    etag = (remote.etag if remote else None) or ""
     promised = {64: (etag, ""), 40: ("", etag)}.get(len(etag), ("", ""))
     for wanted, found in ((weight.sha256, sha256), (weight.git_sha1, git_sha1), (promised[0], sha256), (promised[1], git_sha1)):
         if wanted and wanted != found:
-            raise CannotRun(f"{weight.path} of {weight.repo} arrived damaged: its hash is {found[:12]}, not {wanted[:12]}; it was not kept",
+            if remote is None:
+                raise UsageError(f"{name} is not the released file: its hash is {found[:12]}, not {wanted[:12]}",
+                                 hint="fetch it again, or describe it in a model file of your own")  # fmt: skip
+            file.unlink()
+            raise CannotRun(f"{name} arrived damaged: its hash is {found[:12]}, not {wanted[:12]}; it was not kept",
                             hint="run it again, or check HF_ENDPOINT where it is set")  # fmt: skip
     pinned = bool(weight.sha256 or weight.git_sha1)
     if not pinned:
         known = "compared with the hub's own hash" if any(promised) else "compared with nothing"
         on_event(Note(text=f"no hash of {weight.path} is known; it was {known}", level="info" if any(promised) else "warning"))
-    target, size = spec.weight_path(weight), part.stat().st_size
+    target, size = spec.weight_path(weight), file.stat().st_size
     origin = store.Origin(
-        sha256="", bytes=0, repo=str(weight.repo), revision=remote.commit or weight.revision or "main", path=weight.path,
-        layout=weight.layout, source_sha256=sha256, source_git_sha1=git_sha1, source_bytes=size, pinned=pinned,
+        sha256="", bytes=0, repo=str(weight.repo), revision=(remote.commit if remote else None) or weight.revision or "main",
+        path=weight.path, layout=weight.layout, source_sha256=sha256, source_git_sha1=git_sha1, source_bytes=size, pinned=pinned,
         licence=spec.licence.name, licence_url=spec.licence.url or hub.page(str(weight.repo)), commercial=spec.licence.commercial,
     )  # fmt: skip
+    ready = target.with_name(f".{target.name}.part")
     try:
-        if weight.layout == "data":
-            if weight.path.endswith(".zip"):
-                store.check_zip(part, weight.path)
-            whole = part
-        else:
+        if weight.layout != "data":
             on_event(Stage(name="convert", detail=weight.path))
-            whole = convert(part, target.with_name(f".{target.name}.part"), spec, weight)
+            convert(file, ready, spec, weight)
+        else:
+            if weight.path.endswith(".zip"):
+                store.check_zip(file, name)
+            if remote is None:
+                write_atomic(ready, lambda out: _copy(file, out))
+            else:
+                ready = file
     except UsageError as error:  # the name that the user knows, not that of the partial file
-        raise UsageError(error.message.replace(str(part), f"{weight.path} of {weight.repo}"), hint="nothing of it was kept") from error
+        raise UsageError(error.message.replace(str(file), name), hint="nothing of it was kept") from error
     try:
-        store.write_origin(target, dataclasses.replace(origin, sha256=sha256_of(whole), bytes=whole.stat().st_size))
-        whole.replace(target)
+        store.write_origin(target, dataclasses.replace(origin, sha256=sha256_of(ready), bytes=ready.stat().st_size))
+        ready.replace(target)
     except BaseException:
-        whole.unlink(missing_ok=True)
+        if ready != file:
+            ready.unlink(missing_ok=True)
         raise
+    on_event(Saved(path=target, kind=weight.part))
+
+
+def _copy(file: Path, out: IO[bytes]) -> None:
+    with file.open("rb") as content:
+        shutil.copyfileobj(content, out, 2**20)
 
 
 def convert(source: Path, target: Path, spec: ModelSpec, weight: WeightFile) -> Path:

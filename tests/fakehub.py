@@ -337,6 +337,7 @@ def isolated(monkeypatch: Any, home: Path) -> Iterator[FakeHub]:
     with running() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.address)
         monkeypatch.setenv("MAISI_HOME", str(home))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.setenv(name, "")  # and not what a command sets while it runs
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))

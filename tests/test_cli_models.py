@@ -18,7 +18,7 @@ import typer
 from maisi_cli import catalog, cli, store
 from maisi_cli.plugins import plugins
 
-from .fakehub import COMMIT, FILES, LICENCE, MASKS, REPO, SIZES, FakeHub, isolated, model_text, publish
+from .fakehub import COMMIT, FILES, LICENCE, MASKS, REPO, SIZES, FakeHub, checkpoints, isolated, model_text, publish
 
 GET = "models pull tiny.toml --accept-license"
 RESEARCH = LICENCE.replace("true", "false")
@@ -97,6 +97,10 @@ def test_the_examples_of_the_help_run_one_after_the_other(maisi, hub: FakeHub, t
     catalog.models.cache_clear()
     try:
         for line in examples():
+            if "--from" in line:
+                for path, content in checkpoints().items():
+                    (tmp_path / "downloads" / path).parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / "downloads" / path).write_bytes(content)
             done = maisi(line.removeprefix("maisi "))
             assert done.code == 0, (line, done.err)
             assert done.out or line == "maisi models remove rflow-ct", line
@@ -157,6 +161,7 @@ REFUSED = [
     ("models pull tiny.toml", 3, "is not accepted yet", "maisi models pull tiny.toml --accept-license"),
     ("models pull research.toml --accept-license --commercial", 3, "does not allow commercial use", "leave out --commercial"),
     (f"{GET} --offline", 3, "nothing is fetched offline", "maisi models import"),
+    (f"{GET} --from nowhere", 2, "there is no folder nowhere", "give the folder"),
     ("models verify tiny.toml", 3, "is not installed", "maisi models pull tiny.toml"),
     ("models export tiny.toml", 3, "is not installed", "maisi models pull tiny.toml"),
     ("models import tiny.toml --accept-license", 2, "tiny.toml is not a whole bundle", "maisi models export"),

@@ -540,6 +540,66 @@ def test_addresses_that_lead_outside_are_refused_in_a_model_file(tmp_path: Path,
         model(str(tmp_path / "bad.toml"))
 
 
+def downloads(folder: Path, *parts: str, flat: bool = False) -> Path:
+    """Put released files in a folder, as a mirror of the hub or side by side."""
+    for part in parts:
+        path, _ = FILES[part]
+        file = folder / (Path(path).name if flat else path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(checkpoints()[path])
+    return folder
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_released_files_that_are_here_already_are_taken_from_their_folder(
+    fake: FakeHub, on_hub: ModelSpec, tmp_path: Path, flat: bool
+) -> None:
+    folder = downloads(tmp_path / "downloads", "vae", "unet", "controlnet", flat=flat)
+    (folder / SIZES).parent.mkdir(exist_ok=True)
+    (folder / SIZES).write_bytes(fake.read(fake.files[REPO, SIZES]))
+    before, notes = tree(folder), list[Event]()
+    done = pull(on_hub, accept_license=True, source=folder, offline=True, on_event=notes.append)
+    assert [each.part for each in done] == ["vae", "unet", "controlnet", "data"]
+    assert tree(folder) == before
+    assert statuses(verify(on_hub)) == {}
+    said = [note.text for note in notes if isinstance(note, Note)]
+    assert said == [f"left out {FILES[part][0]}: {folder} does not have it" for part in ("mask_vae", "mask_unet")]
+    assert fake.asked == []
+    pull(on_hub, accept_license=True)  # what the folder lacked
+    assert [Path(each.path).name for each in fake.gets()] == [Path(FILES[part][0]).name for part in ("mask_vae", "mask_unet")]
+
+
+def test_a_folder_without_the_released_files_is_refused(fake: FakeHub, on_hub: ModelSpec, tmp_path: Path) -> None:
+    refused(on_hub, "there is no folder", UsageError, source=tmp_path / "nowhere")
+    folder = downloads(tmp_path / "downloads", "vae", "controlnet")
+    refused(on_hub, f"has no {FILES['unet'][0]}", UsageError, source=folder)
+    other = downloads(folder, "unet") / FILES["unet"][0]
+    other.write_bytes(checkpoints()[FILES["controlnet"][0]])
+    refused(on_hub, f"{other} is not the released file", UsageError, source=folder)
+    assert other.is_file()
+    assert not [name for name in tree(tmp_path / "home") if "unet" in name]
+    refused(on_hub, "is not accepted yet", source=folder, accept_license=False)
+
+
+def test_what_arrived_whole_is_kept_when_the_disk_fills_up(
+    fake: FakeHub, on_hub: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file of 2 GB is not fetched twice because there was no room to convert it, or because of Ctrl-C."""
+    for error in (CannotRun("no room", hint="free some"), KeyboardInterrupt()):
+
+        def fail(*args: Any, error: BaseException = error, **kwargs: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("maisi_cli.weights.convert", fail)
+            with pytest.raises(type(error)):
+                pull(on_hub, accept_license=True)
+        assert [Path(name).suffix for name in tree(tmp_path / "home")] == [".part"]
+    fake.asked.clear()
+    pull(on_hub, accept_license=True)
+    assert not [each for each in fake.gets() if each.path.endswith(FILES["vae"][0])]
+
+
 # --- verifying ----------------------------------------------------------------------------------
 
 

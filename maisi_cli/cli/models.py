@@ -170,7 +170,7 @@ def models_path(name: ModelName, as_json: Json = False, quiet: Quiet = False, ve
     epilog=examples(
         "maisi models pull rflow-ct --accept-license",
         "maisi models pull rflow-ct --accept-license --commercial --mask-database",
-        "maisi models pull rflow-ct --offline --json",
+        "maisi models pull rflow-mr --accept-license --from downloads/ --json",
     ),
 )
 def models_pull(
@@ -178,6 +178,9 @@ def models_pull(
     accept: Accept = False,
     commercial: Commercial = False,
     database: Annotated[bool, typer.Option("--mask-database", help="Also fetch the mask database (CT: 11 GiB).")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Take the released files from a folder; no network.", show_default=False)
+    ] = None,
     offline: Offline = False,
     force: Again = False,
     as_json: Json = False,
@@ -189,7 +192,7 @@ def models_pull(
     What is there already is not fetched again, and an interrupted fetch goes on where it stopped. HF_TOKEN, HF_ENDPOINT,
     HTTPS_PROXY and MAISI_HOME are respected; nothing else is sent or asked.
     """
-    if offline:
+    if offline or source is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library
     from ..catalog import model
     from ..store import check_commercial, licence_text
@@ -204,7 +207,7 @@ def models_pull(
         output.say(f"{spec.name}: {licence_text(spec.licence)}")
         with output.events() as listener:
             found = pull(spec, accept_license=accept, commercial=commercial, offline=offline, database=database, force=force,
-                         on_event=listener)  # fmt: skip
+                         source=source, on_event=listener)  # fmt: skip
         files = [{**dataclasses.asdict(each), "file": str(each.file)} for each in found]
         done.append({"name": spec.name, "licence": dataclasses.asdict(spec.licence), "files": files})
         if not as_json:
