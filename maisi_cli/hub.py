@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,7 +74,8 @@ def fetch(remote: Remote, target: Path, on_event: OnEvent = ignore) -> Path:
     The caller checks it and moves it into place. A fetch that fails leaves what has arrived for the next one. Raises
     `CannotRun` for a hub that cannot be reached or refuses, and for a full disk.
     """
-    part = target.with_name(f".{target.name}.{(remote.etag or remote.commit or 'unknown')[:16]}.part")
+    version = re.sub(r"\W", "", remote.etag or remote.commit or "")[:16]  # a server's words must not make a path
+    part = target.with_name(f".{target.name}.{version or 'unknown'}.part")
     for stale in parts(target):
         if stale != part:
             stale.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -239,11 +240,16 @@ def _space(weights: Sequence[WeightFile], sizes: Sequence[int]) -> int:
 
 def _check_promise(weight: WeightFile, remote: hub.Remote) -> None:
     """Refuse a file that the hub itself says is another than the pinned one."""
-    etag = remote.etag or ""
-    pin = {64: weight.sha256, 40: weight.git_sha1}.get(len(etag))
-    if pin and etag != pin:
-        raise CannotRun(f"the hub has another {weight.path} of {weight.repo}: its hash is {etag[:12]}, not {pin[:12]}",
-                        hint="the publisher replaced it: update maisi")  # fmt: skip
+    for pin, found in zip((weight.sha256, weight.git_sha1), _promised(remote), strict=True):
+        if pin and found and found != pin:
+            raise CannotRun(f"the hub has another {weight.path} of {weight.repo}: its hash is {found[:12]}, not {pin[:12]}",
+                            hint="the publisher replaced it: update maisi")  # fmt: skip
+
+
+def _promised(remote: hub.Remote | None) -> tuple[str, str]:
+    """Return the sha256 and git's SHA-1 that the hub states, each empty where its etag is no such hash."""
+    etag = (remote.etag if remote else None) or ""
+    return (etag if re.fullmatch("[0-9a-f]{64}", etag) else "", etag if re.fullmatch("[0-9a-f]{40}", etag) else "")
 
 
 def _install(spec: ModelSpec, weight: WeightFile, file: Path, on_event: OnEvent, *, remote: hub.Remote | None = None) -> None:
@@ -253,8 +259,7 @@ def _install(spec: ModelSpec, weight: WeightFile, file: Path, on_event: OnEvent,
     """
     name = f"{weight.path} of {weight.repo}" if remote else str(file)
     sha256, git_sha1 = store.hashes_of(file)
-    etag = (remote.etag if remote else None) or ""
-    promised = {64: (etag, ""), 40: ("", etag)}.get(len(etag), ("", ""))
+    promised = _promised(remote)
     for wanted, found in ((weight.sha256, sha256), (weight.git_sha1, git_sha1), (promised[0], sha256), (promised[1], git_sha1)):
         if wanted and wanted != found:
             if remote is None:

@@ -39,7 +39,8 @@ class FakeHub:
     """Files by repository and path; large ones are redirected to a second server, as the hub does to its CDN.
 
     `refuse` answers with a status and error code; `cut` sends only so many bytes of a file, once, and then is down for
-    `down` requests; `swap` sends other content than it promises; `ranges` says whether ranges are honoured.
+    `down` requests; `swap` sends other content than it promises; `ranges` says whether ranges are honoured; `says` is an etag
+    for every file.
     """
 
     address: str = ""
@@ -52,6 +53,7 @@ class FakeHub:
     down: int = 0
     swap: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True
+    says: str = ""
     bare: bool = False
 
     def put(self, repo: str, path: str, content: bytes | Path, *, small: bool = False) -> str:
@@ -66,6 +68,8 @@ class FakeHub:
         return content if isinstance(content, bytes) else content.read_bytes()
 
     def etag(self, path: str, content: bytes | Path) -> str:
+        if self.says:
+            return self.says
         if path in self.small:
             return git_sha1(self.read(content))
         return digest(content)

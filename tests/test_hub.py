@@ -102,6 +102,15 @@ def test_what_has_arrived_of_another_version_is_dropped(fake: FakeHub, tmp_path:
     assert [each.headers.get("range") for each in fake.gets()] == [None]
 
 
+@pytest.mark.parametrize("etag", ["../../../outside", "a/b", "..", "é" * 40])
+def test_an_etag_is_no_path(fake: FakeHub, tmp_path: Path, etag: str) -> None:
+    fake.says = etag.encode("utf-8").decode("latin-1")
+    (tmp_path / "deep").mkdir()
+    assert fetched(tmp_path / "deep" / "a.pt") == DATA
+    (part,) = tmp_path.rglob("*.part")
+    assert hub.parts(tmp_path / "deep" / "a.pt") == [part]
+
+
 def test_more_than_the_file_is_no_beginning_of_it(fake: FakeHub, tmp_path: Path) -> None:
     part = hub.fetch(hub.probe(WEIGHT), tmp_path / "a.pt")
     part.write_bytes(DATA + b"more")

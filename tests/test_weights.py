@@ -425,6 +425,17 @@ def test_without_a_pin_a_file_is_held_to_the_hub_s_own_hash(fake: FakeHub, tmp_p
     assert not origin.pinned
 
 
+@pytest.mark.parametrize("etag", ["5d41402abc4b2a76b9719d911017c592", "z" * 64])
+def test_a_mirror_without_hashes_does_for_pinned_files(fake: FakeHub, on_hub: ModelSpec, tmp_path: Path, etag: str) -> None:
+    fake.says = etag
+    pull(on_hub, accept_license=True)
+    (tmp_path / "loose.toml").write_text(model_text())
+    notes: list[Event] = []
+    pull(model(str(tmp_path / "loose.toml")), accept_license=True, force=True, on_event=notes.append)
+    warned = [note.text for note in notes if isinstance(note, Note) and note.level == "warning"]
+    assert f"no hash of {FILES['vae'][0]} is known; it was compared with nothing" in warned
+
+
 def replaced(fake: FakeHub, tmp_path: Path, part: str, content: bytes) -> ModelSpec:
     """Publish another file for a part, and return the model that is pinned to it."""
     pins = publish(fake)
