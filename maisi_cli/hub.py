@@ -17,7 +17,7 @@ from typing import IO, Any
 from . import __version__
 from .catalog import WeightFile
 from .errors import CannotRun
-from .events import OnEvent, Step, ignore
+from .events import Note, OnEvent, Step, ignore
 
 PUBLIC = "https://huggingface.co"
 _MIB = 2**20
@@ -87,6 +87,9 @@ def fetch(remote: Remote, target: Path, on_event: OnEvent = ignore) -> Path:
             have = 0
         with part.open("ab") as file:
             _stream(remote, _Counted(file, remote, have, on_event), have)
+    except KeyboardInterrupt:
+        on_event(Note(text=f"what has arrived of {remote.path} stays: the next try goes on from there"))
+        raise
     except Exception as error:
         arrived = part.stat().st_size if part.exists() else 0
         if not arrived:
@@ -128,7 +131,7 @@ class _Counted:
         self._done += len(chunk)
         if self._remote.bytes:
             total = -(-self._remote.bytes // _MIB)
-            self._on_event(Step(stage=f"fetch {Path(self._remote.path).name}", done=min(-(-self._done // _MIB), total), total=total))
+            self._on_event(Step(stage="fetch", done=min(-(-self._done // _MIB), total), total=total))
         return self._file.write(chunk)
 
 

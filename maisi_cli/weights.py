@@ -202,7 +202,7 @@ def _fetch_all(spec: ModelSpec, lacking: Sequence[WeightFile], on_event: OnEvent
     arrived = sum(part.stat().st_size for place in places for part in hub.parts(place))
     store.require_space(home(), _space(lacking, sizes) - arrived, f"model {spec.name}")
     for weight, remote, place in zip(lacking, remotes, places, strict=True):
-        on_event(Stage(name="fetch", detail=weight.path))
+        on_event(Stage(name="fetch", detail=f"{weight.path}, in MiB"))
         part = hub.fetch(remote, place, on_event)
         try:
             _install(spec, weight, part, on_event, remote=remote)

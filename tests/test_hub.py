@@ -14,7 +14,7 @@ import pytest
 from maisi_cli import __version__, hub
 from maisi_cli.catalog import WeightFile
 from maisi_cli.errors import CannotRun
-from maisi_cli.events import Event, Step
+from maisi_cli.events import Event, Note, Step
 
 from .fakehub import COMMIT, FakeHub, git_sha1, isolated
 
@@ -78,6 +78,25 @@ def test_a_fetch_that_failed_goes_on_at_the_next_try(fake: FakeHub, tmp_path: Pa
     fake.asked.clear()
     assert fetched(tmp_path / "a.pt") == DATA
     assert [each.headers.get("range") for each in fake.gets()] == ["bytes=10000-"]
+
+
+def test_a_fetch_that_was_stopped_goes_on_at_the_next_try(fake: FakeHub, tmp_path: Path) -> None:
+    said: list[Event] = []
+
+    def stop(event: Event) -> None:
+        said.append(event)
+        if sum(isinstance(each, Step) for each in said) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch(hub.probe(WEIGHT), tmp_path / "a.pt", stop)
+    assert isinstance(said[-1], Note)
+    assert "the next try goes on from there" in said[-1].text
+    (part,) = hub.parts(tmp_path / "a.pt")
+    assert part.read_bytes() == DATA[:3000]
+    fake.asked.clear()
+    assert fetched(tmp_path / "a.pt") == DATA
+    assert [each.headers.get("range") for each in fake.gets()] == ["bytes=3000-"]
 
 
 def test_a_server_without_ranges_begins_anew(fake: FakeHub, tmp_path: Path) -> None:
