@@ -259,11 +259,11 @@ def remove(spec: ModelSpec) -> tuple[list[Path], list[Path]]:
                 if each.is_file():
                     each.unlink()
                     removed.append(each)
-            _prune(file.parent)
+            prune(file.parent)
     return removed, kept
 
 
-def _prune(folder: Path) -> None:
+def prune(folder: Path) -> None:
     """Remove a folder and those above it, below the folder of weights, as long as they are empty."""
     top = home() / "models"
     while folder != top and top in folder.parents:

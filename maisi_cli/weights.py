@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ def _read_released(path: Path, layout: str, *, mmap: bool = False) -> tuple[dict
     import monai.data  # noqa: F401  registers MetaTensor as safe to load
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an odd protocol: what cannot be read is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UsageError(f"{path} is damaged, or holds more than tensors, and is not loaded",
                          hint="use the released file, or convert it to safetensors where you trust it") from error  # fmt: skip
@@ -201,15 +204,19 @@ def _fetch_all(spec: ModelSpec, lacking: Sequence[WeightFile], on_event: OnEvent
     sizes = [remote.bytes or int((weight.mib or 0) * 2**20) for weight, remote in zip(lacking, remotes, strict=True)]
     arrived = sum(part.stat().st_size for place in places for part in hub.parts(place))
     store.require_space(home(), _space(lacking, sizes) - arrived, f"model {spec.name}")
-    for weight, remote, place in zip(lacking, remotes, places, strict=True):
-        on_event(Stage(name="fetch", detail=f"{weight.path}, in MiB"))
-        part = hub.fetch(remote, place, on_event)
-        try:
-            _install(spec, weight, part, on_event, remote=remote)
-        except UsageError:
-            part.unlink()
-            raise
-        part.unlink(missing_ok=True)  # it was converted, where it was not moved
+    try:
+        for weight, remote, place in zip(lacking, remotes, places, strict=True):
+            on_event(Stage(name="fetch", detail=f"{weight.path}, in MiB"))
+            part = hub.fetch(remote, place, on_event)
+            try:
+                _install(spec, weight, part, on_event, remote=remote)
+            except UsageError:
+                part.unlink()
+                raise
+            part.unlink(missing_ok=True)  # it was converted, where it was not moved
+    finally:
+        for place in places:
+            store.prune(place.parent)
 
 
 def _take_all(spec: ModelSpec, lacking: Sequence[WeightFile], source: Path, on_event: OnEvent) -> list[WeightFile]:

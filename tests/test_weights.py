@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from maisi_cli import store
 from maisi_cli.catalog import ModelSpec, model
@@ -112,6 +112,7 @@ def refusal(path: Path) -> UsageError | None:
 @pytest.mark.parametrize("end", [".pt", ".safetensors"])
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200), keep=st.integers(0, 1500), flip=st.integers(0, 1500))
+@example(content=b"", keep=0, flip=65)  # torch warns of a pickle protocol that there is not
 def test_damaged_files_are_refused(tmp_path: Path, end: str, content: bytes, keep: int, flip: int) -> None:
     """Random bytes, and the beginning of a good file with one byte changed: refused in a line, or read if nothing is lost."""
     good = tmp_path / f"good{end}"
@@ -393,7 +394,7 @@ def test_a_file_that_differs_on_the_way_is_not_kept(fake: FakeHub, on_hub: Model
     fake.swap[path] = checkpoints()[path][:-1] + b"x"
     error = refused(on_hub, f"{path} of {REPO} arrived damaged")
     assert error.exit_code == 3
-    assert not (tmp_path / "home").exists() or tree(tmp_path / "home") == []
+    assert not (tmp_path / "home").exists()
     fake.swap.clear()
     pull(on_hub, accept_license=True)
 
