@@ -80,7 +80,9 @@ def _read_released(path: Path, layout: str, *, mmap: bool = False) -> tuple[dict
     except pickle.UnpicklingError as error:
         raise UsageError(f"{path} is damaged, or holds more than tensors, and is not loaded",
                          hint="use the released file, or convert it to safetensors where you trust it") from error  # fmt: skip
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that are no checkpoint make the unpickler fail in any way
         raise _damaged(path, error) from error
     tensors: Any = content
     inner = _INNER.get(layout)
