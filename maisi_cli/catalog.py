@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .registry import Entry
 KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
 PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
 MODES = ("paired", "image", "mask")
+_NAME = r"[\w-][\w.+-]*"
 LAYOUTS = ("safetensors", "state_dict", "unet", "controlnet", "mask_unet", "data")
 
 
@@ -120,10 +122,15 @@ class ModelSpec:
         return bool(self.networks["unet"].arguments.get("include_top_region_index_input"))
 
     def weight_path(self, weight: WeightFile) -> Path:
-        """Return where a file lies: beside the model file for bundled and own models, else below `home()`."""
+        """Return where a file lies: beside the model file for bundled and own models, else below `home()`.
+
+        Files of the hub lie by repository and revision, so that models share what they have in common; released
+        checkpoints lie there as the safetensors file that they are converted to.
+        """
         if weight.repo is None:
             return self.path.parent / weight.path
-        return home() / "models" / self.name / weight.path
+        path = home() / "models" / weight.repo / (weight.revision or "main") / weight.path
+        return path if weight.layout in ("safetensors", "data") else path.with_suffix(".safetensors")
 
     def parts_for(self, mode: str) -> tuple[str, ...]:
         """Return the networks that a mode of `generate` loads when the mask needs none."""
@@ -298,6 +305,12 @@ def models() -> tuple[ModelSpec, ...]:
     return tuple(_registered(entry) for entry in plugins().registry("models"))
 
 
+def pull_command(spec: ModelSpec) -> str:
+    """Return the command that installs a model: by its name when it is registered, else by its file."""
+    registered = any(spec.path == other.path for other in models())
+    return f"maisi models pull {spec.name if registered else spec.path}"
+
+
 def model(name: str) -> ModelSpec:
     """Return a model by name, or from a `.toml` file of one's own. Raises `UsageError` with near matches."""
     if name.endswith(".toml"):
@@ -345,6 +358,8 @@ def read_model(path: Path) -> ModelSpec:
             raise UsageError(f"{path}: weights layout {weight.layout!r}", hint=f"use {', '.join(LAYOUTS)}")
         if weight.part not in (*PARTS, "data"):
             raise UsageError(f"{path}: weights part {weight.part!r}", hint=f"use {', '.join(PARTS)} or data")
+        if weight.repo is not None:
+            _check_address(weight, path)
     limits = _fields(Limits, data.pop("limits", {}), path, "limits")
     if not limits.sizes and not limits.size_xy:
         for key in ("size_min", "size_max"):
@@ -368,6 +383,15 @@ def read_model(path: Path) -> ModelSpec:
     for name in spec.modalities:
         modality(name)
     return spec
+
+
+def _check_address(weight: WeightFile, path: Path) -> None:
+    """Refuse a file of the hub whose names would lead out of the folder for weights, and pins of another form."""
+    for key, value, form in (("repo", weight.repo, rf"{_NAME}/{_NAME}"), ("revision", weight.revision, _NAME),
+                             ("path", weight.path, rf"{_NAME}(/{_NAME})*"), ("sha256", weight.sha256, "[0-9a-f]{64}"),
+                             ("git_sha1", weight.git_sha1, "[0-9a-f]{40}")):  # fmt: skip
+        if value is not None and not (isinstance(value, str) and re.fullmatch(form, value)):
+            raise UsageError(f"{path}: weights {key} {value!r}", hint="use names as they are on the hub, and hashes in small letters")
 
 
 def _table(value: Any, path: Path, where: str) -> Mapping[str, Any]:

@@ -288,7 +288,15 @@ def load(
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fill every tensor of the network; the only keys left over may be those that the ddpm-ct files hold in excess."""
+    network.load_state_dict({key: value.float() for key, value in fitting(network, tensors, path).items()})
+
+
+def fitting(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a network, which may be on the device `meta`, from those of a file.
+
+    The only keys left over may be those that the ddpm-ct files hold in excess. Raises `UsageError` naming keys that are
+    missing, not expected, or of another shape.
+    """
     wanted = network.state_dict()
     missing = [key for key in wanted if key not in tensors]
     unexpected = [key for key in tensors if key not in wanted and not _never_applied(network, key)]
@@ -301,7 +309,7 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
             f"{len(reshaped)} of another shape ({', '.join(first)})",
             hint="check that file and model belong together",
         )
-    network.load_state_dict({key: tensors[key].float() for key in wanted})
+    return {key: tensors[key] for key in wanted}
 
 
 def _never_applied(network: nn.Module, key: str) -> bool:

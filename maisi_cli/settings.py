@@ -411,6 +411,7 @@ def _choose_model(wanted: str, region: Any, mode: str, notes: list[str]) -> tupl
 
 def require_weights(spec: Any, mode: str) -> None:
     """Raise `CannotRun`, with what to do about it, when the weights that a mode needs are not on this machine."""
+    from .catalog import pull_command
     from .errors import CannotRun
 
     if spec.installed(mode):
@@ -419,7 +420,7 @@ def require_weights(spec: Any, mode: str) -> None:
     path = next((each for each in missing if not each.is_file()), spec.path)
     pulled = any(weight.repo is not None for weight in spec.weights)
     if pulled:
-        hint = f"maisi models pull {spec.name}"
+        hint = pull_command(spec)
     elif spec.bundled:
         hint = "its weights come with maisi: install maisi again"
     else:

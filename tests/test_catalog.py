@@ -473,7 +473,7 @@ def test_weights_lie_in_the_home_folder_or_beside_the_file(tmp_path: Path, monke
     assert not spec.installed("image")
     for weight in spec.weights:
         path = spec.weight_path(weight)
-        assert path == tmp_path / "models" / "rflow-mr" / weight.path
+        assert path == (tmp_path / "models" / "nvidia" / "NV-Generate-MR" / "main" / weight.path).with_suffix(".safetensors")
         assert not spec.installed("image")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -25,7 +25,7 @@ from maisi_cli.train.data import encode, make_phantoms
 from maisi_cli.volumes import write_image, write_mask
 
 RUN_ELSEWHERE = ("presets", "labels", "models", "plugins", "info", "doctor", "recommend-spacing", "gpu-plan")
-"""Commands whose examples are run by test_cli_browse.py and test_cli_hardware.py."""
+"""Commands whose examples are run by test_cli_browse.py, test_cli_models.py and test_cli_hardware.py."""
 
 
 def commands() -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_the_presets_model_is_taken_when_it_is_installed_and_else_the_small_one_
 def test_no_model_stands_in_for_mr():
     made = resolve({"preset": "prostate-t2", "mode": "image"}, environment={})
     assert (made.settings.model, made.origins["model"].origin) == ("rflow-mr", "preset prostate-t2")
-    with pytest.raises(CannotRun, match=r"autoencoder_v2\.pt is missing") as caught:
+    with pytest.raises(CannotRun, match=r"autoencoder_v2\.safetensors is missing") as caught:
         require_weights(model("rflow-mr"), "image")
     assert caught.value.hint == "maisi models pull rflow-mr"
 

@@ -1,4 +1,4 @@
-"""Looking around: presets, models, plugins and files; labels and the doctor have modules of their own."""
+"""Looking around: presets, plugins and files; labels, models and the doctor have modules of their own."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import doctor, labels, output
+from . import doctor, labels, models, output
 from .options import Force, Json, Quiet, Verbose, examples
 from .wording import facts, number, toml, triple, verdict, words, yes
 
 if TYPE_CHECKING:
-    from ..catalog import Limits, ModelSpec
     from ..presets import Preset
 
 presets_app = typer.Typer(help="List, show, check and write presets.", no_args_is_help=True)
-models_app = typer.Typer(help="The models that are known, and where weights belong.", no_args_is_help=True)
 plugins_app = typer.Typer(help="What plugins add.", no_args_is_help=True)
 
 OWN_PRESETS = Path("maisi-presets")
 Row = dict[str, Any]
-ModelName = Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A model, or a model file.")]
 
 
 # --- presets --------------------------------------------------------------------------------
@@ -243,148 +240,6 @@ def _template(name: str, parent: Preset) -> str:
     return "\n".join([*lines, "", f"# Check it:  maisi presets validate {name}.toml", ""])
 
 
-# --- models ---------------------------------------------------------------------------------
-
-
-@models_app.command("list", epilog=examples("maisi models list", "maisi models list --json"))
-def models_list(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """List the models: installed or not, what they make, up to which size, and their licence."""
-    from ..catalog import models
-
-    shown = (
-        "name",
-        "summary",
-        "modality",
-        "modes",
-        "installed",
-        "bundled",
-        "max_volume",
-        "limits",
-        "licence",
-    )
-    rows: list[Row] = []
-    for spec in models():
-        about = _model_facts(spec)
-        rows.append({key: about[key] for key in shown})
-    if as_json:
-        output.json_out({"schema": "maisi.models/1", "models": rows})
-        return
-    cells = [
-        [row["name"], yes(row["installed"]), row["modality"], ",".join(row["modes"]), row["max_volume"],
-         row["licence"]["name"], yes(row["licence"]["commercial"])]
-        for row in rows
-    ]  # fmt: skip
-    output.table(["model", "installed", "modality", "modes", "up to", "licence", "commercial"], cells)
-
-
-@models_app.command(
-    "show",
-    epilog=examples("maisi models show nano-ct", "maisi models show rflow-ct --json", "maisi models show nano-ct --toml"),
-)
-def models_show(
-    name: ModelName,
-    as_toml: Annotated[bool, typer.Option("--toml", help="Print the model's file as it is.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Show a model: networks, weight files and where they belong, licence, and what it can make."""
-    from ..catalog import model
-    from ..errors import UsageError
-
-    if as_toml and as_json:
-        raise UsageError("--toml and --json exclude each other", hint="leave one out")
-    spec = model(name)
-    if as_toml:
-        output.data(spec.path.read_text("utf-8").rstrip("\n"))
-    elif as_json:
-        output.json_out({"schema": "maisi.model-show/1", **_model_facts(spec)})
-    else:
-        _print_model(spec)
-
-
-def _model_facts(spec: ModelSpec) -> Row:
-    from ..record import plain
-
-    weights = []
-    for weight in spec.weights:
-        file = spec.weight_path(weight)
-        weights.append({**dataclasses.asdict(weight), "file": str(file), "installed": file.is_file()})
-    return {
-        "name": spec.name,
-        "summary": spec.summary,
-        "path": str(spec.path),
-        "bundled": spec.bundled,
-        "installed": spec.installed(spec.modes[0]),
-        "modality": spec.modality,
-        "modalities": list(spec.modalities),
-        "modes": list(spec.modes),
-        "licence": dataclasses.asdict(spec.licence),
-        "limits": plain(spec.limits),
-        "max_volume": spec.max_volume or None,
-        "scheduler": plain(spec.scheduler),
-        "defaults": plain(spec.defaults),
-        "networks": {part: {"kind": network.kind, **plain(network.arguments)} for part, network in spec.networks.items()},
-        "weights": weights,
-    }
-
-
-def _print_model(spec: ModelSpec) -> None:
-    about = _model_facts(spec)
-    licence = f"{spec.licence.name}, commercial use {'' if spec.licence.commercial else 'not '}allowed"
-    defaults = words(f"{key} {value}" for key, value in spec.defaults.items())
-    networks = words(f"{part} ({network.kind})" for part, network in spec.networks.items())
-    facts([
-        ("model", spec.name),
-        ("summary", spec.summary),
-        ("file", spec.path),
-        ("installed", yes(about["installed"])),
-        ("licence", f"{licence}  {spec.licence.url}"),
-        ("modes", words(spec.modes)),
-        ("modalities", words(spec.modalities)),
-        *_limit_facts(spec.limits),
-        ("scheduler", f"{spec.scheduler.get('name', 'rflow')}{f'; {defaults}' if defaults else ''}"),
-        ("networks", networks),
-    ])  # fmt: skip
-    output.data("")
-    cells = [[row["part"], number(row["mib"]), yes(row["installed"]), row["repo"], row["file"]] for row in about["weights"]]
-    output.table(["part", "MiB", "installed", "from", "file"], cells, right=("MiB",))
-
-
-def _limit_facts(limits: Limits) -> list[tuple[str, str]]:
-    if limits.sizes:
-        sizes = words(triple(size) for size in limits.sizes)
-    elif limits.size_xy:
-        equal = " (equal)" if limits.square else ""
-        sizes = f"x and y {words(limits.size_xy)}{equal}; z {words(limits.size_z)}"
-    else:
-        sizes = f"any that divides by {limits.multiple}, {limits.size_min} to {limits.size_max} an axis"
-    in_plane, along = ("{:g} to {:g}".format(*span) for span in (limits.spacing_xy_mm, limits.spacing_z_mm))
-    rows = [("sizes", sizes), ("spacing", f"x and y {in_plane} mm; z {along} mm")]
-    if limits.fov_xy_min_mm:
-        good = f", {limits.fov_xy_good_mm:g} mm for the body"
-        rows.append(("fov", f"at least {limits.fov_xy_min_mm:g} mm across{good if limits.fov_xy_good_mm else ''}"))
-    return rows
-
-
-@models_app.command("path", epilog=examples("maisi models path nano-ct", "maisi models path rflow-ct --json"))
-def models_path(name: ModelName, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Print where the weight files of a model lie, or belong, one a line."""
-    from ..catalog import model
-
-    about = _model_facts(model(name))
-    files = [{key: row[key] for key in ("part", "file", "installed")} for row in about["weights"]]
-    if as_json:
-        top = {"name": about["name"], "installed": about["installed"]}
-        output.json_out({"schema": "maisi.model-path/1", **top, "files": files})
-        return
-    missing = [row["part"] for row in files if not row["installed"]]
-    if missing:
-        output.say(f"{len(missing)} of {len(files)} files are not there: {words(missing)}")
-    for row in files:
-        output.data(row["file"])
-
-
 # --- plugins --------------------------------------------------------------------------------
 
 
@@ -442,9 +297,9 @@ def _info_toml(file: Path, as_json: bool) -> None:
     if schema == "maisi.model/1":
         spec = read_model(file)
         if as_json:
-            _info_json(file, "model", _model_facts(spec))
+            _info_json(file, "model", models.facts_of(spec))
         else:
-            _print_model(spec)
+            models.print_model(spec)
     elif schema == "maisi.preset/1":
         preset = _preset(str(file))
         if as_json:
@@ -543,7 +398,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(presets_app, name="presets")
     app.add_typer(labels.app, name="labels")
-    app.add_typer(models_app, name="models")
+    app.add_typer(models.models_app, name="models")
     app.add_typer(plugins_app, name="plugins")
     epilog = examples("maisi info label.nii.gz", "maisi info sample_record.json", "maisi info ct.nii.gz --json")
     app.command("info", epilog=epilog)(info)
