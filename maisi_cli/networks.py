@@ -269,7 +269,7 @@ def load(
 
     modules: dict[str, nn.Module] = {}
     hashes: dict[str, str] = {}
-    scale = model.scale_factor
+    scale = None if "mask_unet" in parts else model.scale_factor  # the mask's latent has a scale of its own
     layouts = {weight.part: weight.layout for weight in model.weights}
     for part in parts:
         if part not in model.networks:
@@ -278,7 +278,7 @@ def load(
         state = load_state(files[part], layouts.get(part, "safetensors"))
         _fill(network, state.tensors, files[part])
         hashes[part] = state.sha256
-        if part == "unet" and state.scale_factor is not None:
+        if part in ("unet", "mask_unet") and state.scale_factor is not None:
             scale = state.scale_factor
         network.requires_grad_(False)
         modules[part] = network.to(device).eval()

@@ -56,6 +56,7 @@ class _Try:
     seed: int
     image: Volume | None
     mask: Mask | None
+    about: Mapping[str, Any]
     verdict: Verdict | None
     latent: torch.Tensor | None
     seconds: Mapping[str, float]
@@ -109,10 +110,15 @@ class _Run:
         self.spec: ModelSpec = find_model(self.settings.model)
         self.out = Path(self.settings.out)
         self.parts = self.spec.parts_for(self.settings.mode)
-        self.source = masks.source_name(self.settings) if self.settings.mode != "image" else None
+        self.source: str | None = None
+        self.reason = ""
+        if self.settings.mode != "image":
+            self.source, self.reason = masks.choose(self.settings, self.spec)
         self.own_mask = self._own_mask()
         self.plan = planning.plan(resolved, geometry=self.own_mask.geometry if self.own_mask else None)
-        self.device = str(self.plan.choice("device")) if self.parts else "cpu"
+        self.masks = self._open_source()
+        self.mask_parts: tuple[str, ...] = getattr(self.masks, "parts", ())
+        self.device = str(self.plan.choice("device")) if self.parts or self.mask_parts else "cpu"
         self.files: dict[str, Path] = {}
         self._networks: networks.Networks | None = None
 
@@ -121,14 +127,24 @@ class _Run:
         self._require_sampler()
         require_folder(self.out)
         require_weights(self.spec, self.settings.mode)
-        self.files = weights.locate(self.spec, self.parts)
-        if self.parts:
+        self.files = weights.locate(self.spec, (*self.parts, *self.mask_parts))
+        if self.parts or self.mask_parts:
             planning.require_fit(self.plan)
             self.device = str(networks.device_named(self.device))
-        for note in (*self.resolved.notes, *self.plan.warnings):
+        for note in self._notes():
             self.tell(Note(text=note))
-        if not self.parts and self.plan.choice("device") != "cpu":
+        if not self.parts and not self.mask_parts and self.plan.choice("device") != "cpu":
             self.tell(Note(text="mode mask runs no network: it uses the processor, not the GPU"))
+
+    def _notes(self) -> list[str]:
+        return [*self.resolved.notes, *([self.reason] if self.reason else []), *self.plan.warnings]
+
+    def _open_source(self) -> masks.Source | None:
+        """Open the source of masks: what it cannot do is refused here."""
+        if self.source is None:
+            return None
+        device, dtype = str(self.plan.choice("device")), str(self.plan.choice("dtype"))
+        return masks.open_source(self.source, self.settings, self.spec, device=device, dtype=dtype, typed=_typed(self.resolved))
 
     def _require_sampler(self) -> None:
         """Refuse a sampler of another family than the one that the networks were trained for: it would make noise."""
@@ -186,9 +202,10 @@ class _Run:
         settings, clock = self.settings, _Clock()
         seed = derive(job.seed, job.index, attempt)
         with clock("mask"):
-            mask = self._mask(job, attempt)
+            made = self._mask(job, attempt)
+        mask, about = (made.mask, made.about) if made else (None, {})
         if settings.mode == "mask":
-            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, verdict=None, latent=None, seconds=clock.seconds)
+            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, about=about, verdict=None, latent=None, seconds=clock.seconds)
         grid = mask.geometry if mask is not None else settings.geometry()
         fitted = masks.conditioned(mask, self.spec) if mask is not None else None
         inner = fitted.padded.geometry if fitted else grid
@@ -208,17 +225,17 @@ class _Run:
             if mask is not None:
                 image = dataclasses.replace(image, array=_clear_outside(image, mask))
         verdict = quality.check(image, mask, required=settings.anatomy, compat=settings.compat == "reference")
-        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, verdict=verdict, latent=latent, seconds=clock.seconds)
+        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, about=about, verdict=verdict, latent=latent, seconds=clock.seconds)
 
-    def _mask(self, job: Job, attempt: int) -> Mask | None:
-        if self.source is None:
+    def _mask(self, job: Job, attempt: int) -> masks.Made | None:
+        if self.masks is None:
             return None
         if self.own_mask is not None:
-            return self.own_mask
-        self.tell(Stage(name="mask", detail=self.source, sample=job.index))
-        source = plugins().registry("mask_sources").get(self.source)
-        made: Mask = source(self.settings, self.settings.geometry(), derive(job.seed, job.index, attempt, "mask"), on_event=self.tell)
-        return made
+            return masks.Made(mask=self.own_mask)
+        self.tell(Stage(name="mask", detail=str(self.source), sample=job.index))
+        seed = derive(job.seed, job.index, attempt, "mask")
+        made = self.masks(self.settings, self.settings.geometry(), seed, on_event=self.tell)
+        return made if isinstance(made, masks.Made) else masks.Made(mask=made)
 
     def _own_mask(self) -> Mask | None:
         """Read the user's mask once, before anything else is done."""
@@ -315,11 +332,11 @@ class _Run:
     ) -> dict[str, Any]:
         spec, item = self.spec, made.image or made.mask
         assert item is not None
-        hashes = self._networks.hashes if self._networks else {}
-        parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in self.parts]
+        hashes = {**(self._networks.hashes if self._networks else {}), **getattr(self.masks, "hashes", {})}
+        parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in (*self.parts, *self.mask_parts)]
         mask: dict[str, Any] | None = None
         if made.mask is not None:
-            mask = {"source": self.source, "ids": list(made.mask.ids())}
+            mask = {"source": self.source, "ids": list(made.mask.ids()), **made.about}
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
         device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
@@ -331,7 +348,7 @@ class _Run:
             model={"name": spec.name, "licence": spec.licence.name, "commercial": spec.licence.commercial, "weights": parts},
             geometry=item.geometry, modality=self.settings.modality, mask=mask, verdict=made.verdict, outputs=paths,
             seconds={"mask": 0.0, "denoise": 0.0, "decode": 0.0, **seconds}, peak_gib=peak_gib(device["name"]), device=device,
-            notes=[*self.resolved.notes, *self.plan.warnings], plugins=added,
+            notes=self._notes(), plugins=added,
         )  # fmt: skip
 
 
@@ -387,6 +404,11 @@ def _region_indices(regions: tuple[str, ...]) -> tuple[int | None, int | None]:
 
     found = sorted(region_index(name) for name in regions)
     return (found[0], found[-1]) if found else (None, None)
+
+
+def _typed(resolved: Resolved) -> frozenset[str]:
+    """Return the settings that the user gave for this run."""
+    return frozenset(key for key, setting in resolved.origins.items() if setting.origin in ("command line", "--set"))
 
 
 def _values(resolved: Resolved) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Where masks come from: a file of the user's, or the procedural phantom.
+"""Where masks come from: a file of the user's, the mask database, the mask diffusion, or the procedural phantom.
 
-A source is a function `source(settings, geometry, seed) -> Mask`, registered by name; the mask is in the MAISI
-vocabulary, on a grid of its own (file) or on `geometry`.
+A source is a function `source(settings, geometry, seed) -> Mask`, registered by name, or a class whose instances are
+such functions (see `sources`); the mask is in the MAISI vocabulary, on a grid of its own (file) or on `geometry`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .anatomy import BODY, maisi, regions_of, remap_table
-from .catalog import ModelSpec
-from .errors import UsageError
-from .events import Note, OnEvent, ignore
-from .geometry import Geometry
-from .settings import GenerateSettings
-from .volumes import Mask, pad, read_mask
+from ..anatomy import BODY, maisi, regions_of, remap_table
+from ..catalog import ModelSpec
+from ..errors import UsageError
+from ..events import Note, OnEvent, ignore
+from ..geometry import Geometry
+from ..settings import GenerateSettings
+from ..volumes import Mask, pad, read_mask
+from .sources import Made, Source, choose, open_source
+
+__all__ = ["Conditioned", "Made", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
+           "phantom", "source_name"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +34,9 @@ class Conditioned:
     bottom_region: int | None
 
 
-def source_name(settings: GenerateSettings) -> str:
-    """Return the source that `auto` means: the file that is given, else the phantom."""
-    if settings.mask_source != "auto":
-        return settings.mask_source
-    return "file" if settings.mask else "phantom"
+def source_name(settings: GenerateSettings, spec: ModelSpec | None = None) -> str:
+    """Return the source that `auto` means: the file that is given, else what `choose` finds for the model."""
+    return choose(settings, spec)[0]
 
 
 def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
@@ -94,7 +96,7 @@ def map_labels(mask: Mask, source: str, target: str = "maisi", *, on_event: OnEv
 
 def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
     """Paint a procedural body on `geometry` that shows the settings' regions and holds the requested organs."""
-    from .phantom import body
+    from ..phantom import body
 
     if geometry is None:
         raise UsageError("the phantom needs a volume", hint="give --size and --spacing, or a --preset")

@@ -1,0 +1,421 @@
+"""The mask database and the mask diffusion: what is found or made, that it depends on the seed alone, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from maisi_cli.anatomy import BODY, maisi, regions_of
+from maisi_cli.catalog import model
+from maisi_cli.errors import CannotRun, MaisiError, UsageError
+from maisi_cli.events import Note
+from maisi_cli.geometry import Geometry
+from maisi_cli.masks import Made, choose, database, fitting, open_source, sizes
+from maisi_cli.masks.sources import Wanted
+from maisi_cli.settings import GenerateSettings
+from maisi_cli.volumes import Mask, read_mask, resample_labels, write_mask
+
+from .golden import Shared
+
+SMALL = Geometry(size=(64, 64, 64), spacing=(1.5, 1.5, 2.0))
+LIVER, SPLEEN, LIVER_TUMOR, LUNG_TUMOR = 1, 3, 26, 23
+usual = profile(max_examples=60, deadline=None)
+NANO = model("nano-ct")
+
+
+def chosen(**values: Any) -> GenerateSettings:
+    return GenerateSettings(**{"size": SMALL.size, "spacing": SMALL.spacing, "regions": ("chest", "abdomen"), **values})
+
+
+def index(shared: Shared) -> str:
+    return str(shared("golden/datasets/candidate_masks_small.json"))
+
+
+def small(shared: Shared, **values: Any) -> database.Database:
+    return database.Database(chosen(mask_database=index(shared), **values), NANO)
+
+
+# --- fitting a grid -----------------------------------------------------------------------------
+
+
+@usual
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.integers(0, 99))
+def test_a_mask_on_another_grid_has_the_label_at_every_centre(size, seed):
+    """At one field of view it is what `resample_labels` makes; and there and back on a grid twice as fine is the same."""
+    rng = np.random.default_rng(seed)
+    mask = Mask(array=rng.integers(0, 255, (6, 7, 8), dtype=np.uint8), geometry=Geometry(size=(6, 7, 8), spacing=(2.0, 3.0, 1.0)))
+    assert np.array_equal(fitting.fit(mask, mask.geometry.resized(size)).array, resample_labels(mask, size).array)
+    fine = fitting.fit(mask, mask.geometry.resized((12, 14, 16)))
+    assert np.array_equal(fine.array, mask.array.repeat(2, 0).repeat(2, 1).repeat(2, 2))
+    assert np.array_equal(fitting.fit(fine, mask.geometry).array, mask.array)
+
+
+@usual
+@given(st.integers(0, 4), st.integers(0, 4), st.booleans())
+def test_what_lies_outside_is_background_and_the_middle_stays(more, less, compat):
+    array = np.full((6, 6, 6), 7, np.uint8)
+    mask = Mask(array=array, geometry=Geometry(size=(6, 6, 6), spacing=(1.0, 1.0, 1.0)))
+    wanted = Geometry(size=(6 + 2 * more, 6 - less, 6), spacing=(1.0, 1.0, 1.0))
+    made = fitting.fit(mask, wanted, compat=compat)
+    assert made.array.shape == wanted.size
+    assert np.count_nonzero(made.array) == 6 * (6 - less) * 6
+    assert (made.array[more : more + 6] == 7).all()
+    assert made.geometry.close_to(wanted) or compat
+
+
+def test_a_spacing_that_differs_by_rounding_is_not_resampled():
+    mask = Mask(array=np.ones((4, 4, 4), np.uint8), geometry=Geometry(size=(4, 4, 4), spacing=(0.7, 0.7, 1.0)))
+    near = Geometry(size=(4, 4, 4), spacing=(float(np.float32(0.7)), 0.7, 1.0004))
+    made = fitting.fit(mask, near)
+    assert made.array is mask.array
+    assert made.geometry == near
+
+
+# --- searching the database ---------------------------------------------------------------------
+
+
+def test_no_tumour_comes_that_was_not_asked_for(shared: Shared) -> None:
+    entries = database.read_index(Path(index(shared)))
+    tumors = {tumor.id for tumor in maisi().tumors()}
+    free = database.suitable(entries, Wanted(regions=(1, 2)))
+    assert {each.file for each in free} == {"m0.nii.gz", "m2.nii.gz"}
+    for tumor in tumors:
+        found = database.suitable(entries, Wanted(organs=frozenset({tumor})))
+        assert found
+        assert all(each.ids & tumors == {tumor} for each in found)
+
+
+def test_a_region_is_asked_of_entries_that_list_none_too(shared: Shared, tmp_path: Path) -> None:
+    """The reference takes them for every region (reference.md 10, number 23)."""
+    rows = json.loads(Path(index(shared)).read_text())
+    for row in rows:
+        del row["top_region_index"], row["bottom_region_index"]
+    (tmp_path / "candidate_masks.json").write_text(json.dumps(rows))
+    head = Wanted(regions=(0,))
+    found = database.suitable(database.read_index(tmp_path / "candidate_masks.json"), head)
+    assert [each.file for each in found] == ["m8.nii.gz"]
+    as_reference = Wanted(regions=(0,), compat=True)
+    entries = database.read_index(tmp_path / "candidate_masks.json", compat=True)
+    assert len(database.suitable(entries, as_reference)) == 3  # all that are free of tumours
+
+
+def test_a_grid_is_found_although_its_spacing_was_rounded(shared: Shared) -> None:
+    """The reference compares floats for equality (number 61)."""
+    entries = database.read_index(Path(index(shared)))
+    rounded = Geometry(size=SMALL.size, spacing=(float(np.float32(1.5001)), 1.5, 2.0))
+    assert len(database.exact(entries, rounded)) == len(database.exact(entries, SMALL)) == 6
+    assert database.exact(entries, rounded, compat=True) == []
+
+
+def test_the_closest_grid_comes_first_and_too_coarse_ones_not_at_all(shared: Shared) -> None:
+    entries = database.read_index(Path(index(shared)))
+    wanted = Geometry(size=(72, 72, 60), spacing=(1.4, 1.4, 1.8))
+    ranked = database.closest(entries, wanted)
+    assert ranked[0].file == "m2.nii.gz"
+    assert database.distance(ranked[0], wanted) == 0
+    # m8, 64 voxels of 1 mm: fields of view 36.8, 36.8 and 44 mm less; 8, 8 and 4 voxels; 0.4, 0.4 and 0.8 mm
+    assert database.distance(entries[8], wanted) == pytest.approx(11.76 + 0.2 + 1.6)
+    assert [database.distance(each, wanted) for each in ranked] == sorted(database.distance(each, wanted) for each in ranked)
+    fine = Geometry(size=(200, 72, 60), spacing=(0.5, 1.4, 1.8))
+    assert [each.file for each in database.closest(entries, fine)] == []
+    assert len(database.closest(entries, Geometry(size=(191, 72, 60), spacing=(0.5, 1.4, 1.8)))) == 8  # all but m3 have 64 or more
+
+
+# --- masks of the database ----------------------------------------------------------------------
+
+
+def test_a_mask_depends_on_the_seed_alone_and_is_named(shared: Shared) -> None:
+    source = small(shared, regions=(), anatomy=("liver",), size=(48, 48, 48), spacing=(2.0, 2.0, 2.4))
+    geometry = Geometry(size=(48, 48, 48), spacing=(2.0, 2.0, 2.4))
+    settings = chosen()
+    made = {seed: source(settings, geometry, seed) for seed in range(12)}
+    again = small(shared, regions=(), anatomy=("liver",), size=(48, 48, 48), spacing=(2.0, 2.0, 2.4))
+    for seed in (11, 3, 3):
+        other = again(settings, geometry, seed)
+        assert np.array_equal(other.mask.array, made[seed].mask.array)
+        assert other.about == made[seed].about
+    assert {each.about["id"] for each in made.values()} == {"m0.nii.gz", "m2.nii.gz"}
+    for each in made.values():
+        assert each.mask.geometry == geometry
+        assert {LIVER, BODY} <= set(each.mask.ids())
+        assert not each.about["exact"]
+
+
+def test_a_mask_on_the_very_grid_is_taken_as_it_is(shared: Shared) -> None:
+    source = small(shared, anatomy=("liver", "spleen"))
+    made = source(chosen(), SMALL, 5)
+    assert made.about["id"] == "m0.nii.gz"
+    assert made.about["exact"]
+    assert np.array_equal(made.mask.array, read_mask(shared("golden/datasets/all_masks_small/m0.nii.gz")).array)
+
+
+def copied(shared: Shared, folder: Path, change: Callable[[dict[str, Any]], None] = lambda _row: None) -> Path:
+    """Copy the index to `folder`, changed, with the masks beside it."""
+    rows = json.loads(Path(index(shared)).read_text())
+    for row in rows:
+        change(row)
+    folder.mkdir(exist_ok=True)
+    (folder / "candidate_masks.json").write_text(json.dumps(rows))
+    masks = shared("golden/datasets/all_masks_small")
+    (folder / "all_masks").mkdir()
+    for path in masks.glob("*.nii.gz"):
+        (folder / "all_masks" / path.name).write_bytes(path.read_bytes())
+    return folder / "candidate_masks.json"
+
+
+def test_where_the_index_is_wrong_the_voxels_decide(shared: Shared, tmp_path: Path) -> None:
+    """An entry that promises an organ which its file does not hold, or hides a tumour, is passed over, and that is said."""
+    path = copied(shared, tmp_path, lambda row: row.update(label_list=sorted({*row["label_list"], 118} - {23, 24, 26, 27, 128})))
+    source = database.Database(chosen(mask_database=str(path)), NANO)
+    said: list[Any] = []
+    for seed in range(8):
+        assert source(chosen(), SMALL, seed, on_event=said.append).about["id"] == "m0.nii.gz"
+    assert any("has a hepatic tumor" in note.text for note in said if isinstance(note, Note))
+    with pytest.raises(UsageError, match=r"no mask of candidate_masks\.json can be used: .* has no prostate"):
+        database.Database(chosen(mask_database=str(path), anatomy=("prostate",)), NANO)(chosen(), SMALL, 0)
+
+
+def test_an_organ_must_survive_the_resampling(shared: Shared) -> None:
+    """A volume of 24 mm around the middle shows no upper lobe: every mask is passed over, and the first reason is told."""
+    tight = {"size": (16, 16, 16), "spacing": (1.5, 1.5, 1.5), "regions": (), "anatomy": ("left lung upper lobe",)}
+    source = small(shared, **tight)
+    with pytest.raises(UsageError, match="has no left lung upper lobe in this volume"):
+        source(chosen(**tight), Geometry(size=(16, 16, 16), spacing=(1.5, 1.5, 1.5)), 0)
+
+
+def test_an_archive_is_read_without_being_unpacked(shared: Shared, tmp_path: Path) -> None:
+    path = copied(shared, tmp_path)
+    with zipfile.ZipFile(tmp_path / "all_masks_4000.zip", "w") as archive:
+        for file in (tmp_path / "all_masks").iterdir():
+            archive.write(file, f"all_masks_4000/{file.name}")
+            file.unlink()
+    (tmp_path / "all_masks").rmdir()
+    before = sorted(tmp_path.rglob("*"))
+    made = database.Database(chosen(mask_database=str(path)), NANO)(chosen(), SMALL, 1)
+    assert made.about["id"] == "m0.nii.gz"
+    assert np.array_equal(made.mask.array, read_mask(shared("golden/datasets/all_masks_small/m0.nii.gz")).array)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("{}", "is not the index"),
+        ("[]", "is not the index"),
+        ('[{"dim": [1, 1, 1]}]', "no usable pseudo_label_filename"),
+        ('[{"pseudo_label_filename": "a", "dim": [64, 64], "spacing": [1, 1, 1], "label_list": [1]}]', "no usable dim or spacing"),
+        ('[{"pseudo_label_filename": "a", "dim": [64, 64, 64], "spacing": [1, 1, 0], "label_list": [1]}]', "no usable dim or spacing"),
+        ('[{"pseudo_label_filename": "a", "dim": [64, 64, 64], "spacing": [1, 1, 1]}]', "no usable label_list"),
+        (
+            '[{"pseudo_label_filename": "../../etc/a", "dim": [64, 64, 64], "spacing": [1, 1, 1], "label_list": [1]}]',
+            "outside the database",
+        ),
+        ('[{"pseudo_label_filename": "/etc/a", "dim": [64, 64, 64], "spacing": [1, 1, 1], "label_list": [1]}]', "outside the data"),
+    ],
+)
+def test_an_index_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "candidate_masks.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        database.Database(chosen(mask_database=str(tmp_path / "candidate_masks.json")), NANO)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"mask_database": "nowhere.json"}, UsageError, "there is no mask database nowhere.json"),
+        ({}, UsageError, "nano-ct comes without a mask database"),
+        ({"model": "rflow-ct"}, CannotRun, "mask database of rflow-ct is not installed"),
+        ({"anatomy": ("prostate",), "small": True}, UsageError, "none of the 9 masks .* holds prostate"),
+        ({"size": (256, 64, 64), "small": True}, UsageError, "too coarse for 256x64x64"),
+    ],
+)
+def test_a_database_that_has_nothing_is_refused_when_it_is_opened(
+    shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], kind: type[MaisiError], message: str
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MAISI_HOME", str(tmp_path))
+    if values.pop("small", False):
+        values["mask_database"] = index(shared)
+    settings = chosen(**values)
+    with pytest.raises(kind, match=message):
+        open_source("database", settings, model(settings.model if settings.model != "auto" else "nano-ct"))
+
+
+def test_masks_that_are_missing_or_damaged_are_named(shared: Shared, tmp_path: Path) -> None:
+    path = copied(shared, tmp_path)
+    source = database.Database(chosen(mask_database=str(path)), NANO)
+    (tmp_path / "all_masks" / "m0.nii.gz").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"m0\.nii\.gz"):
+        source(chosen(), SMALL, 0)
+    (tmp_path / "all_masks" / "m0.nii.gz").unlink()
+    with pytest.raises(UsageError, match=r"m0\.nii\.gz of candidate_masks\.json is not in"):
+        source(chosen(), SMALL, 0)
+    (tmp_path / "all_masks.zip").write_bytes(b"no archive")
+    with pytest.raises(UsageError, match=r"all_masks\.zip cannot be read"):
+        source(chosen(), SMALL, 0)
+
+
+def test_a_mask_without_body_is_not_used(tmp_path: Path) -> None:
+    array = np.zeros((16, 16, 16), np.uint8)
+    array[4:12, 4:12, 4:12] = LIVER
+    geometry = Geometry(size=array.shape, spacing=(3.0, 3.0, 3.0))
+    write_mask(Mask(array=array, geometry=geometry), tmp_path / "a.nii.gz")
+    row = {"pseudo_label_filename": "./a.nii.gz", "dim": [16, 16, 16], "spacing": [3.0, 3.0, 3.0], "label_list": [1]}
+    (tmp_path / "masks.json").write_text(json.dumps([row]))
+    settings = chosen(mask_database=str(tmp_path), size=(16, 16, 16), spacing=(3.0, 3.0, 3.0), regions=())
+    with pytest.raises(UsageError, match="no body envelope"):
+        database.Database(settings, NANO)(settings, geometry, 0)
+
+
+# --- anatomy sizes ------------------------------------------------------------------------------
+
+LEVEL = st.one_of(st.just(-1.0), st.floats(0, 1).map(lambda size: round(size, 3)))
+VECTORS = st.lists(st.tuples(*[LEVEL] * 10), min_size=1, max_size=12)
+
+
+@usual
+@given(VECTORS, st.dictionaries(st.integers(0, 4), LEVEL, max_size=3), st.integers(0, 99))
+def test_a_body_without_a_tumour_asked_for_is_told_of_none(vectors, asked, seed):
+    """The reference takes the neighbour's over in 95 % of cases (number 17)."""
+    vector = sizes.condition(vectors, asked, seed)
+    assert all(vector[slot] == -1 for slot in sizes.TUMORS)
+    assert all(vector[slot] == size for slot, size in asked.items())
+    assert sizes.target_tumor(vector, asked) is None
+    others = [slot for slot in range(5) if slot not in asked]
+    assert any(all(vector[slot] == each[slot] for slot in others) for each in vectors)
+
+
+@usual
+@given(VECTORS, st.dictionaries(st.integers(0, 4), LEVEL, max_size=3), st.sampled_from(sizes.TUMORS), st.integers(0, 99))
+def test_a_tumour_that_is_asked_for_comes_alone_and_is_the_one_mended_around(vectors, asked, slot, seed):
+    """Another one in the neighbour's vector becomes the target in the reference (number 19)."""
+    asked = {**asked, slot: 0.3}
+    vector = sizes.condition(vectors, asked, seed)
+    assert [each for each in sizes.TUMORS if vector[each] != -1] == [slot]
+    assert vector[slot] == 0.3
+    assert sizes.target_tumor(vector, asked) == maisi().id(sizes.SLOTS[slot])
+
+
+@usual
+@given(VECTORS, st.dictionaries(st.integers(0, 9), LEVEL, min_size=1, max_size=3))
+def test_in_compatibility_the_nearest_patient_is_taken(vectors, asked):
+    far = [sum(abs(each[slot] - size) for slot, size in asked.items()) for each in vectors]
+    nearest = vectors[far.index(min(far))]
+    vector = sizes.condition(vectors, asked, seed=5, compat=True)
+    assert vector == tuple(asked.get(slot, size) for slot, size in enumerate(nearest))
+
+
+def test_samples_of_one_request_have_bodies_of_their_own(shared: Shared) -> None:
+    """The reference gives all of them one (number 18)."""
+    vectors = sizes.read_vectors(shared("golden/datasets/all_anatomy_size_conditions.json"))
+    made = [sizes.condition(vectors, {1: 0.6}, seed) for seed in range(20)]
+    assert len(set(made)) > 1
+    assert made == [sizes.condition(vectors, {1: 0.6}, seed) for seed in range(20)]
+    free = [vector for vector in vectors if all(vector[slot] == -1 for slot in sizes.TUMORS)]
+    assert {vector[0] for vector in made} <= {vector[0] for vector in free}
+
+
+def test_an_organ_that_must_be_there_is_taken_from_patients_who_have_it() -> None:
+    with_it, without = (0.5,) * 5 + (-1.0,) * 5, (-1.0,) * 10
+    assert {sizes.condition([with_it, without], {}, seed, present={1}) for seed in range(20)} == {with_it}
+    with pytest.raises(UsageError, match="none of the 1 patients has liver"):
+        sizes.condition([without], {}, present={1})
+    assert sizes.condition([without], {1: 0.4}, present={1})[1] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["spleen=0.3"], "no anatomy size named 'spleen'"),
+        (["livr=0.3"], "no label named 'livr'"),
+        (["liver=0.3", "liver=0.4"], "liver twice"),
+        (["lung tumor=0.1", "bone lesion=0.2"], "lung tumor and bone lesion"),
+    ],
+)
+def test_sizes_that_the_networks_do_not_know_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sizes.parse(texts)
+
+
+def test_an_organ_that_is_asked_to_be_absent_is_not_required() -> None:
+    """The reference then demands it, and fails (number 9)."""
+    asked = sizes.parse(["liver=0.5", "gallbladder=-1", "hepatic_tumor=0.2"])
+    assert asked == {1: 0.5, 0: -1.0, 7: 0.2}
+    assert sizes.required(asked) == {LIVER, LIVER_TUMOR}
+
+
+# --- which source -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return a function that pretends that parts of rflow-ct are installed."""
+    monkeypatch.setenv("MAISI_HOME", str(tmp_path))
+    spec = model("rflow-ct")
+
+    def install(*, masks: bool = False, networks: bool = False) -> Any:
+        for weight in spec.weights:
+            wanted = networks if weight.part in ("mask_vae", "mask_unet") else masks and weight.part == "data"
+            if wanted:
+                spec.weight_path(weight).parent.mkdir(parents=True, exist_ok=True)
+                spec.weight_path(weight).write_bytes(b"")
+        return spec
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("values", "masks", "networks", "name", "reason"),
+    [
+        ({}, True, True, "database", "mask database of rflow-ct"),
+        ({}, False, True, "diffusion", "its mask database is not installed"),
+        ({}, False, False, "phantom", "maisi models pull rflow-ct"),
+        ({"anatomy_size": ("liver=0.5",)}, True, False, "diffusion", "it alone"),
+        ({"tumor": "liver:15mm"}, True, True, "diffusion", ""),
+        ({"tumor": "liver:15mm"}, True, False, "database", ""),
+        ({"mask_database": "mine.json"}, False, True, "database", ""),
+        ({"mask": "mine.nii.gz"}, True, True, "file", ""),
+        ({"mask_source": "phantom"}, True, True, "phantom", ""),
+    ],
+)
+def test_auto_takes_what_is_installed_and_says_so(released, values, masks, networks, name, reason):
+    found, why = choose(GenerateSettings(**values), released(masks=masks, networks=networks))
+    assert found == name
+    assert reason.replace("its mask database", "the mask database of rflow-ct") in why
+
+
+def test_nano_takes_the_phantom_without_a_word() -> None:
+    assert choose(GenerateSettings(), NANO) == ("phantom", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "values", "flag"),
+    [
+        ("phantom", {"anatomy_size": ("liver=0.5",)}, "--anatomy-size"),
+        ("phantom", {"tumor": "liver:15mm"}, "--tumor"),
+        ("database", {"anatomy_size": ("liver=0.5",)}, "--anatomy-size"),
+        ("file", {"tumor": "liver:15mm"}, "--tumor"),
+    ],
+)
+def test_a_source_refuses_what_it_cannot_honour_in_one_line(source, values, flag):
+    with pytest.raises(UsageError) as caught:
+        open_source(source, chosen(**values), NANO)
+    assert f"the mask source {source} cannot honour {flag}" in caught.value.message
+    assert "--mask-source " in str(caught.value.hint)
+    assert "diffusion" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="cannot honour --mask-steps"):
+        open_source("phantom", chosen(), NANO, typed=frozenset({"mask_steps"}))
+
+
+def test_regions_of_what_is_drawn_are_those_asked_for(shared: Shared) -> None:
+    made = small(shared)(chosen(), SMALL, 0)
+    assert isinstance(made, Made)
+    assert regions_of(made.mask.ids()) == (1, 2)
