@@ -29,6 +29,7 @@ from .files import refuse_overwriting, require_folder, write_atomic
 from .geometry import Geometry
 from .plugins import plugins
 from .preview import preview
+from .repair import without_lesions
 from .seeds import derive, fresh
 from .settings import Resolved, parse_shard, require_weights, resolve, sample_id
 from .volumes import AIR_HU, Mask, Sample, Volume, crop
@@ -256,10 +257,14 @@ class _Run:
             top_region=fitted.top_region if fitted and fitted.top_region is not None else regions[0],
             bottom_region=fitted.bottom_region if fitted and fitted.bottom_region is not None else regions[1],
             labels=torch.from_numpy(fitted.padded.array)[None, None] if fitted else None,
+            **self._tumor_guidance(fitted),
             cfg_modality=settings.cfg_modality,
             compat=compat,
+            compat_half_spacing=compat and self.source in ("file", "diffusion"),
         )
         noise = sampling.initial_noise((1, spec.latent_channels, *size), seed).to(nets.device)
+        if compat and fitted is not None:  # the reference's pipelines with a mask hold latents in float16
+            noise = noise.half().float()
         generator = torch.Generator().manual_seed(derive(seed, 0, 0, "steps"))
         self.tell(Stage(name="denoise", detail=f"{settings.scheduler}, {settings.steps} steps, {nets.device}, {nets.precision.name}"))
 
@@ -270,6 +275,17 @@ class _Run:
         if not bool(torch.isfinite(latent).all()):
             raise Rejected(f"the sampler {settings.scheduler} diverged: the latent is not finite", hint="use --dtype fp32, or more --steps")
         return latent
+
+    def _tumor_guidance(self, fitted: masks.Conditioned | None) -> dict[str, Any]:
+        """Return the scale of the tumour guidance and the mask without its tumour; nothing where the mask has none."""
+        if not self.settings.cfg_tumor or fitted is None:
+            return {}
+        labels = fitted.padded.array
+        without = without_lesions(labels, compat=self.settings.compat == "reference")
+        if np.array_equal(without, labels):
+            self.tell(Note(text="--cfg-tumor does nothing here: the mask has no tumour", level="warning"))
+            return {}
+        return {"cfg_tumor": self.settings.cfg_tumor, "labels_without_tumor": torch.from_numpy(without)[None, None]}
 
     def _load(self) -> networks.Networks:
         if self._networks is None:
@@ -306,7 +322,10 @@ class _Run:
 
     def _save(self, job: Job, made: _Try) -> Sample:
         settings, clock = self.settings, _Clock()
-        sample = Sample(index=job.index, seed=job.seed, id=job.id, image=made.image, mask=made.mask, verdict=made.verdict)
+        mask = made.mask
+        if mask is not None and settings.compat == "reference" and self.source != "file":
+            mask = masks.renumbered(mask, settings)
+        sample = Sample(index=job.index, seed=job.seed, id=job.id, image=made.image, mask=mask, verdict=made.verdict)
         self.tell(Stage(name="save", detail=str(self.out), sample=job.index))
         force = settings.force or settings.resume  # what is left of an unfinished sample is replaced
         with clock("save"):

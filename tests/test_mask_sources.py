@@ -15,15 +15,18 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from maisi_cli.anatomy import BODY, maisi, regions_of
 from maisi_cli.catalog import model
+from maisi_cli.cli import run
 from maisi_cli.errors import CannotRun, MaisiError, UsageError
 from maisi_cli.events import Note
 from maisi_cli.geometry import Geometry
-from maisi_cli.masks import Made, choose, database, fitting, open_source, sizes
+from maisi_cli.masks import Made, choose, database, fitting, open_source, renumbered, sizes
+from maisi_cli.masks.diffusion import Diffusion
 from maisi_cli.masks.sources import Wanted
-from maisi_cli.settings import GenerateSettings
+from maisi_cli.settings import GenerateSettings, explain, resolve
+from maisi_cli.synthesis import generate
 from maisi_cli.volumes import Mask, read_mask, resample_labels, write_mask
 
-from .golden import Shared
+from .golden import Shared, model_file
 
 SMALL = Geometry(size=(64, 64, 64), spacing=(1.5, 1.5, 2.0))
 LIVER, SPLEEN, LIVER_TUMOR, LUNG_TUMOR = 1, 3, 26, 23
@@ -411,6 +414,7 @@ def test_a_source_refuses_what_it_cannot_honour_in_one_line(source, values, flag
     assert f"the mask source {source} cannot honour {flag}" in caught.value.message
     assert "--mask-source " in str(caught.value.hint)
     assert "diffusion" in str(caught.value.hint)
+    assert ("database" in str(caught.value.hint)) is (flag == "--tumor")
     with pytest.raises(UsageError, match="cannot honour --mask-steps"):
         open_source("phantom", chosen(), NANO, typed=frozenset({"mask_steps"}))
 
@@ -419,3 +423,221 @@ def test_regions_of_what_is_drawn_are_those_asked_for(shared: Shared) -> None:
     made = small(shared)(chosen(), SMALL, 0)
     assert isinstance(made, Made)
     assert regions_of(made.mask.ids()) == (1, 2)
+
+
+# --- masks of the diffusion ---------------------------------------------------------------------
+
+TINY = Geometry(size=(32, 32, 32), spacing=(1.5, 1.5, 1.5))
+
+
+@pytest.fixture(scope="module")
+def diffusion(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Diffusion]:
+    """Return a function that opens the source with the small networks of the goldens, on a cube of 32 voxels."""
+    path = model_file(shared, "rflow", tmp_path_factory.mktemp("model"), latent=(8, 8, 8))
+
+    def opened(**values: Any) -> Diffusion:
+        settings = chosen(**{"size": TINY.size, "spacing": TINY.spacing, "mask_steps": 2, "regions": (), "model": str(path), **values})
+        source = open_source("diffusion", settings, model(str(path)), typed=frozenset({"mask_steps"}))
+        assert isinstance(source, Diffusion)
+        source.settings = settings  # type: ignore[attr-defined]
+        return source
+
+    return opened
+
+
+def make(source: Diffusion, seed: int, said: list[Any] | None = None) -> Made:
+    return source(source.settings, TINY, seed, on_event=(said if said is not None else []).append)  # type: ignore[attr-defined]
+
+
+def test_a_generated_mask_depends_on_the_seed_alone(diffusion) -> None:
+    one, other = diffusion(), diffusion()
+    made = [make(one, seed) for seed in (1, 2, 1)]
+    assert np.array_equal(made[0].mask.array, made[2].mask.array)
+    assert not np.array_equal(made[0].mask.array, made[1].mask.array)
+    assert np.array_equal(make(other, 2).mask.array, made[1].mask.array)
+    assert made[0].about == made[2].about
+    assert made[0].mask.geometry == TINY
+
+
+def test_no_tumour_is_painted_that_was_not_asked_for(diffusion) -> None:
+    source = diffusion()
+    tumors = {tumor.id for tumor in maisi().tumors()}
+    for seed in range(4):
+        made = make(source, seed)
+        assert not tumors & set(made.mask.ids())
+        assert all(made.about["anatomy_size"][sizes.SLOTS[slot]] == -1 for slot in sizes.TUMORS)
+        assert "tumor" not in made.about
+
+
+def test_what_the_networks_are_told_is_what_was_asked_for(diffusion) -> None:
+    made = make(diffusion(anatomy_size=("liver=0.5", "gallbladder=-1")), 1)
+    assert made.about["anatomy_size"]["liver"] == 0.5
+    assert made.about["anatomy_size"]["gallbladder"] == -1
+    assert LIVER in made.mask.ids()
+
+
+class Painter:
+    """Stands in for the networks: a ball of tumour whose volume grows with the size that is told."""
+
+    def __init__(self, source: Diffusion, ml_per_size: float) -> None:
+        self.told: list[float] = []
+        self.ml_per_size = ml_per_size
+        source.body = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, vector: tuple[float, ...], seed: int, *, tumor: int | None, on_event: Any) -> Mask:
+        self.told.append(vector[7])
+        grid = np.stack(np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij"))
+        distance = np.linalg.norm(grid, axis=0) * 1.5
+        array = np.full((32, 32, 32), LIVER, np.uint8)
+        array[0] = BODY
+        array[distance <= (vector[7] * self.ml_per_size * 1000 * 6 / np.pi) ** (1 / 3) / 2] = tumor or LIVER
+        return Mask(array=array, geometry=TINY)
+
+
+@pytest.mark.parametrize("ml_per_size", [0.8, 30.0])
+def test_tries_come_closer_to_the_tumour_that_is_asked_for(diffusion, ml_per_size: float) -> None:
+    """15 mm are 1.77 ml; the small data's typical size makes 0.4 ml or 14 ml at first."""
+    source = diffusion(tumor="liver:15mm")
+    painter = Painter(source, ml_per_size)
+    made = make(source, 3)
+    found = made.about["tumor"]
+    assert found["reached"]
+    assert found["tries"] == len(painter.told) > 1
+    assert found["requested"] == "hepatic tumor:15mm"
+    assert 11.25 <= found["diameter_mm"] <= 18.75
+    assert found["volume_ml"] == pytest.approx(np.count_nonzero(made.mask.array == LIVER_TUMOR) * 1.5**3 / 1000, abs=1e-4)
+    assert (found["host"], found["overlap"], found["components"]) == ("liver", 1.0, 1)
+    assert made.about["anatomy_size"]["hepatic tumor"] == painter.told[-1]
+
+
+def test_a_tumour_that_cannot_be_reached_is_said_and_recorded(diffusion) -> None:
+    source = diffusion(tumor="liver:40mm")
+    Painter(source, 0.05)
+    said: list[Any] = []
+    found = make(source, 3, said).about["tumor"]
+    assert not found["reached"]
+    assert found["miss"] > 0.25
+    warnings = [note for note in said if isinstance(note, Note) and note.level == "warning"]
+    assert any("hepatic tumor:40mm was asked for, and the best of 4 masks has" in note.text for note in warnings)
+
+
+def test_a_relative_size_is_told_as_it_is(diffusion) -> None:
+    source = diffusion(tumor="hepatic tumor=0.3")
+    painter = Painter(source, 20.0)
+    assert make(source, 1).about["tumor"]["tries"] == 1
+    assert painter.told == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tumor": "liver:15mm", "anatomy_size": ("hepatic tumor=0.2",)}, "both give the size of the hepatic tumor"),
+        ({"tumor": "liver:15mm", "anatomy": ("lung tumor",)}, "lung tumor and hepatic tumor are asked for"),
+        ({"anatomy_size": ("liver=1.5",)}, "liver=1.5 is larger than any of 12 patients"),
+        ({"tumor": "kidney:15mm"}, "no tumour of 'kidney' can be made"),
+    ],
+)
+def test_what_the_diffusion_cannot_make_is_refused_when_it_is_opened(diffusion, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        diffusion(**values)
+
+
+def test_mask_networks_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAISI_HOME", str(tmp_path))
+    with pytest.raises(CannotRun, match="mask networks of rflow-ct are not installed"):
+        open_source("diffusion", chosen(), model("rflow-ct"))
+    with pytest.raises(UsageError, match="nano-ct has no mask networks"):
+        open_source("diffusion", chosen(), NANO)
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the settings of a short run of the small networks, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    path = model_file(shared, "rflow", tmp_path / "model", latent=(8, 8, 8))
+    return {"model": str(path), "preset": "chest-abdomen", "regions": (), "steps": 1, "mask_steps": 1, "seed": 3, "preview": False,
+            "size": "32x32x32", "spacing": "1.5x1.5x1.5", "dtype": "fp32", "on_qc_fail": "keep", "allow_ood": True}  # fmt: skip
+
+
+def test_a_run_records_the_mask_of_the_database(shared: Shared, whole: dict[str, Any]) -> None:
+    del whole["mask_steps"]
+    whole |= {"mask_source": "database", "size": "64x64x64", "spacing": "1.5x1.5x2", "mode": "mask", "count": 2}
+    samples = list(generate(**whole, out="a"))
+    assert [sample.record["mask"]["id"] for sample in samples] == ["m0.nii.gz"] * 2
+    assert all(sample.record["mask"]["source"] == "database" for sample in samples)
+    alone = list(generate(**whole, out="b", shard="2/2"))
+    assert alone[0].paths["label"].read_bytes() == samples[1].paths["label"].read_bytes()
+    assert samples[0].paths["label"].read_bytes() != samples[1].paths["label"].read_bytes()
+
+
+def test_a_run_generates_mask_and_image_and_records_both(whole: dict[str, Any]) -> None:
+    sample = next(iter(generate(**whole, mask_source="diffusion", anatomy_size="liver=0.5")))
+    assert sample.mask is not None
+    assert sample.image is not None
+    assert LIVER in sample.mask.ids()
+    assert sample.record["mask"]["anatomy_size"]["liver"] == 0.5
+    parts = {part["part"]: part["sha256"] for part in sample.record["model"]["weights"]}
+    assert set(parts) == {"vae", "unet", "controlnet", "mask_vae", "mask_unet"}
+    assert all(parts.values())
+    assert (sample.image.array[sample.mask.array == 0] == -1000).all()
+
+
+def test_a_mask_alone_needs_the_mask_networks_only(whole: dict[str, Any]) -> None:
+    sample = next(iter(generate(**whole, mode="mask", mask_source="diffusion")))
+    assert {part["part"] for part in sample.record["model"]["weights"]} == {"mask_vae", "mask_unet"}
+    assert sample.record["environment"]["device"]["name"] == "cpu"
+
+
+def test_compatibility_numbers_labels_as_the_reference(whole: dict[str, Any]) -> None:
+    sample = next(iter(generate(**whole, mode="mask", mask_source="diffusion", anatomy_size="liver=0.5,stomach=0.4", compat="reference")))
+    assert sample.mask is not None
+    assert set(sample.mask.ids()) <= {1, 2}
+    array = np.array([0, 1, 23, 200, 3], np.uint8).reshape(5, 1, 1)
+    mask = Mask(array=array, geometry=Geometry(size=(5, 1, 1), spacing=(1.0, 1.0, 1.0)))
+    for names, wanted in (
+        (["lung tumor"], [0, 0, 1, 0, 0]),
+        (["lung tumor", "liver"], [0, 2, 1, 0, 0]),
+        (["liver", "spleen"], [0, 1, 0, 0, 2]),
+    ):
+        assert renumbered(mask, chosen(anatomy=tuple(names))).array.ravel().tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--anatomy-size", "liver=0.5"], 2, "the mask source phantom cannot honour --anatomy-size"),
+        (["--anatomy-size", "liver"], 2, "write it like liver=0.5"),
+        (["--anatomy-size", "liver=-2"], 2, "write it like liver=0.5"),
+        (["--tumor", "liver:15mm"], 2, "the mask source phantom cannot honour --tumor"),
+        (["--tumor", "liver"], 2, "has no size"),
+        (["--tumor", "liver:15mm", "--mode", "image"], 2, "--mode image makes no mask"),
+        (["--mask-steps", "20"], 2, "the mask source phantom cannot honour --mask-steps"),
+        (["--cfg-tumor", "2", "--mode", "mask"], 2, "--cfg-tumor compares two masks"),
+        (["--cfg-tumor", "2", "--cfg-modality", "2"], 2, "exclude each other"),
+        (["--mask-source", "database"], 2, "nano-ct comes without a mask database"),
+        (["--mask-source", "diffusion"], 2, "nano-ct has no mask networks"),
+        (["--mask-database", "nowhere.json"], 2, "there is no mask database nowhere.json"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_command_refuses_in_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str,
+    dry: bool,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run(["generate", "--model", "nano-ct", "--seed", "1", "--out", "run", *words, *(["--dry-run"] if dry else [])]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_shown_and_repeated_as_they_were_typed(whole: dict[str, Any]) -> None:
+    resolved = resolve({**whole, "anatomy_size": "liver=0.50, gallbladder=-1", "tumor": "liver:15mm"})
+    assert resolved.settings.anatomy_size == ("liver=0.5", "gallbladder=-1")
+    shown = {row[0]: row[1] for row in explain(resolved)}
+    assert shown["anatomy_size"] == "liver=0.5,gallbladder=-1"
+    assert resolve({**whole, "anatomy_size": ["liver=0.5", "gallbladder=-1"]}).settings.anatomy_size == resolved.settings.anatomy_size
+    assert resolve(whole, assignments=["anatomy_size={liver=0.5, gallbladder=-1}"]).settings.anatomy_size == resolved.settings.anatomy_size

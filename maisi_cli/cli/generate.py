@@ -176,13 +176,13 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
 def _require_masks(resolved: Any, spec: Any) -> None:
     """Refuse what the source of the masks cannot do; the phantom, which nothing was asked of, needs no look."""
     chosen = resolved.settings
-    asked = (chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"), not spec.bundled)
+    typed = frozenset(key for key, setting in resolved.origins.items() if setting.origin in ("command line", "--set"))
+    asked = ("mask_steps" in typed, chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"), not spec.bundled)
     if chosen.mode == "image" or chosen.mask is not None or not any(asked):
         return
     from .. import masks
 
     name, reason = masks.choose(chosen, spec)
-    typed = frozenset(key for key, setting in resolved.origins.items() if setting.origin in ("command line", "--set"))
     masks.open_source(name, chosen, spec, typed=typed)
     if reason:
         output.say(reason)

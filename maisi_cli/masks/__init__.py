@@ -21,7 +21,7 @@ from ..volumes import Mask, pad, read_mask
 from .sources import Made, Source, choose, open_source
 
 __all__ = ["Conditioned", "Made", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
-           "phantom", "source_name"]  # fmt: skip
+           "phantom", "renumbered", "source_name"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,20 @@ def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *,
         raise UsageError(f"no {', '.join(missing)} in this volume of {', '.join(settings.regions)}",
                          hint="choose a --preset of the region it lies in, or a larger --fov")  # fmt: skip
     return mask
+
+
+def renumbered(mask: Mask, settings: GenerateSettings) -> Mask:
+    """Return the mask as the reference saves it: only what was asked for by name, numbered 1, 2, ... in that order.
+
+    What is asked for are the names of `anatomy_size` where there are any, else those of `anatomy`; with neither the mask
+    stays as it is.
+    """
+    names = [text.partition("=")[0] for text in settings.anatomy_size] or list(settings.anatomy)
+    if not names:
+        return mask
+    table = np.zeros(256, dtype=np.uint8)
+    table[[maisi().id(name) for name in names]] = np.arange(1, len(names) + 1)
+    return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary="reference")
 
 
 def conditioned(mask: Mask, spec: ModelSpec) -> Conditioned:

@@ -11,24 +11,28 @@ import json
 import random
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from ..anatomy import regions_of
+from ..anatomy import maisi, regions_of
 from ..catalog import ModelSpec
 from ..errors import CannotRun, UsageError
 from ..events import Note, OnEvent, ignore
 from ..geometry import Geometry, Size, Triple, format_triple
+from ..lesions import augment
+from ..seeds import derive
 from ..settings import GenerateSettings
 from ..volumes import Mask, read_mask
 from .fitting import SAME_SPACING, fit, same_spacing
 from .sources import INDEX, Made, Wanted, data_file
+from .tumors import Best, aim_of
 
 POOL = 20  # of the masks closest to the volume, those that samples are drawn from first
+BEST_OF = 12  # masks that are tried for a tumour of a given size
 STEP = 128  # voxels: masks that are smaller than the volume by this much along an axis are too coarse (reference.md 2.4)
 
 
@@ -129,13 +133,17 @@ class Database:
     drawn.
     """
 
-    honours = frozenset({"mask_database"})
+    honours = frozenset({"mask_database", "tumor"})
     parts: tuple[str, ...] = ()
 
     def __init__(self, settings: GenerateSettings, spec: ModelSpec, *, device: str = "cpu", dtype: str = "fp32") -> None:
         self.index = index_of(settings, spec)
         self.compat = settings.compat == "reference"
-        self.wanted = Wanted.of(settings)
+        self.aim = aim_of(settings)
+        if self.aim and self.aim.request and self.aim.request.unit == "relative":
+            raise UsageError(f"the mask database knows no relative sizes such as {self.aim.request}",
+                             hint="give the size in mm or ml, or use --mask-source diffusion")  # fmt: skip
+        self.wanted = Wanted.of(settings, {self.aim.tumor} if self.aim else ())
         entries = read_index(self.index, compat=self.compat)
         found = suitable(entries, self.wanted)
         if not found:
@@ -154,20 +162,36 @@ class Database:
         return " and ".join([*parts, "is free of other tumours"])
 
     def __call__(self, settings: GenerateSettings, geometry: Geometry, seed: int, *, on_event: OnEvent = ignore) -> Made:
-        """Draw a mask, put it on `geometry`, and make sure that what was asked for is still in it.
+        """Draw a mask, put it on `geometry`, vary it, and make sure that what was asked for is still in it.
 
-        Raises `UsageError` when no mask of the database keeps it.
+        Of a tumour of a given size the best of several masks is taken. Raises `UsageError` when no mask of the database
+        keeps what was asked for.
         """
-        reasons: list[str] = []
-        for entry in self.drawn(seed):
-            mask = fit(self.read(entry, on_event=on_event), geometry, compat=self.compat)
+        best, reasons = Best(aim=self.aim), []
+        for number, entry in enumerate(self.drawn(seed)):
+            mask, about = self.varied(entry, geometry, derive(seed, number, 0, "augment"), on_event=on_event)
             problem = self.wanted.problem(mask)
-            if problem is None:
-                return Made(mask=mask, about=self.about(entry))
-            reasons.append(f"{entry.file} {problem}")
-            on_event(Note(text=f"mask {reasons[-1]}: the next one is taken"))
-        raise UsageError(f"no mask of {self.index.name} can be used: {reasons[0]}",
-                         hint="leave something out of --anatomy, or use a larger --fov")  # fmt: skip
+            if problem is not None:
+                reasons.append(f"{entry.file} {problem}")
+                on_event(Note(text=f"mask {reasons[-1]}: the next one is taken"))
+            elif best.offer(mask, about) or best.tries == BEST_OF:
+                break
+        if best.mask is None:
+            raise UsageError(f"no mask of {self.index.name} can be used: {reasons[0]}",
+                             hint="leave something out of --anatomy, or use a larger --fov")  # fmt: skip
+        if shortfall := best.shortfall():
+            on_event(Note(text=shortfall, level="warning"))
+        return Made(mask=best.mask, about=best.record())
+
+    def varied(self, entry: Entry, geometry: Geometry, seed: int, *, on_event: OnEvent = ignore) -> tuple[Mask, dict[str, Any]]:
+        """Return a mask on `geometry`, its tumours moved or its body a little larger or smaller, and what was done to it."""
+        mask = fit(self.read(entry, on_event=on_event), geometry, compat=self.compat)
+        if self.wanted.problem(mask) is not None:
+            return mask, {}
+        done = augment(mask.array, seed=seed, spacing_mm=geometry.spacing, compat=self.compat)
+        change = {"moved": [maisi().name_of(label) for label in done.moved], "stayed": [maisi().name_of(label) for label in done.stayed],
+                  "tries": done.tries, "zoom": round(done.zoom, 6)}  # fmt: skip
+        return replace(mask, array=done.labels), {**self.about(entry), "augmented": change}
 
     def drawn(self, seed: int) -> list[Entry]:
         """Return the masks in the order in which sample `seed` tries them: the best ones shuffled, then the rest as ranked."""

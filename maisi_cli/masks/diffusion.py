@@ -5,6 +5,7 @@ Knows no torch until the first mask is made, so that a dry run can ask what it c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,15 @@ from ..catalog import ModelSpec
 from ..errors import CannotRun, Rejected, UsageError
 from ..events import Note, OnEvent, Stage, Step, ignore
 from ..geometry import Geometry
+from ..lesions import RELATIVE_MAX, measure
+from ..repair import repair
 from ..seeds import derive
 from ..settings import GenerateSettings
 from ..volumes import Mask
 from . import sizes as anatomy_sizes
 from .fitting import fit
 from .sources import MASK_PARTS, SIZES, Made, Wanted, data_file, require_parts
+from .tumors import Best, aim_of
 
 if TYPE_CHECKING:
     from ..networks import Networks
@@ -49,9 +53,11 @@ class Diffusion:
         self.sizes = anatomy_sizes.parse(settings.anatomy_size)
         for slot, size in self.sizes.items():
             anatomy_sizes.check_known(self.vectors, slot, size)
-        self.wanted = Wanted.of(settings, anatomy_sizes.required(self.sizes))
+        self.aim = aim_of(settings, self.sizes)
+        also = anatomy_sizes.required(self.sizes) | ({self.aim.tumor} if self.aim else set())
+        self.wanted = Wanted.of(settings, also, any_tumor=self.compat)  # the reference takes over its neighbour's
         self.present = anatomy_sizes.slots_of(self.wanted.organs)
-        anatomy_sizes.condition(self.vectors, self.sizes, present=self.present)  # refuses here what no patient has
+        anatomy_sizes.condition(self.vectors, self._told(None), present=self.present)  # refuses here what no patient has
         self.latent = tuple(int(n) for n in spec.mask_scheduler.get("latent_size", (LATENT,) * 3))
         self._networks: Networks | None = None
 
@@ -61,29 +67,55 @@ class Diffusion:
         return dict(self._networks.hashes) if self._networks else {}
 
     def __call__(self, settings: GenerateSettings, geometry: Geometry, seed: int, *, on_event: OnEvent = ignore) -> Made:
-        """Make a mask on `geometry` that holds what was asked for.
+        """Make a mask on `geometry` that holds what was asked for; of a tumour of a given size, the best of a few.
 
-        Raises `Rejected` when none of a few does.
+        Every try is told a size that the one before suggests. Raises `Rejected` when no mask can be used.
         """
-        problem = ""
-        for attempt in range(TRIES):
-            own = derive(seed, 0, attempt, "mask diffusion")
-            vector = anatomy_sizes.condition(self.vectors, self.sizes, own, present=self.present, compat=self.compat)
-            mask = fit(self.body(vector, own, on_event=on_event), geometry, compat=self.compat)
+        best, problem, size = Best(aim=self.aim), "", None
+        for number in range(TRIES):
+            own = derive(seed, number, 0, "mask diffusion")
+            sizes = self._told(size)
+            vector = anatomy_sizes.condition(self.vectors, sizes, own, present=self.present, compat=self.compat)
+            tumor = anatomy_sizes.target_tumor(vector, None if self.compat else sizes) or (self.aim.tumor if self.aim else None)
+            mask = fit(self.body(vector, own, tumor=tumor, on_event=on_event), geometry, compat=self.compat)
             found = self.wanted.problem(mask)
-            if found is None:
-                shown = regions_of(mask.ids())
-                if not self.wanted.shows(shown):
-                    on_event(Note(text=f"the mask does not show all of {', '.join(settings.regions)}: where a generated body lies "
-                                       "in the volume cannot be chosen", level="warning"))  # fmt: skip
-                return Made(mask=mask, about={"anatomy_size": dict(zip(anatomy_sizes.SLOTS, vector, strict=True)), "tries": attempt + 1})
-            problem = found
-            on_event(Note(text=f"the mask {problem}: another one is made"))
-        raise Rejected(f"none of {TRIES} masks could be used: the last one {problem}",
-                       hint="use a larger --fov, leave something out of --anatomy, or change --anatomy-size")  # fmt: skip
+            if found is not None:
+                problem = found
+                on_event(Note(text=f"the mask {problem}: another one is made"))
+            elif best.offer(mask, {"anatomy_size": dict(zip(anatomy_sizes.SLOTS, vector, strict=True))}):
+                break
+            size = self._next_size(mask, sizes)
+        if best.mask is None:
+            raise Rejected(f"none of {TRIES} masks could be used: the last one {problem}",
+                           hint="use a larger --fov, leave something out of --anatomy, or change --anatomy-size")  # fmt: skip
+        if shortfall := best.shortfall():
+            on_event(Note(text=shortfall, level="warning"))
+        if not self.wanted.shows(regions_of(best.mask.ids())):
+            on_event(Note(text=f"the mask does not show all of {', '.join(settings.regions)}: where a generated body lies in the volume "
+                               "cannot be chosen", level="warning"))  # fmt: skip
+        return Made(mask=best.mask, about=best.record())
 
-    def body(self, vector: Vector, seed: int, *, on_event: OnEvent = ignore) -> Mask:
-        """Make one body of these sizes, on the cube of the mask networks."""
+    def _told(self, size: float | None) -> dict[int, float]:
+        """Return the sizes that the networks are told, with that of the tumour in mm or ml: `size`, first a typical one."""
+        request = self.aim.request if self.aim else None
+        if request is None:
+            return dict(self.sizes)
+        slot = anatomy_sizes.SLOTS.index(request.name)
+        told = request.amount if request.unit == "relative" else size if size is not None else anatomy_sizes.typical(self.vectors, slot)
+        return {**self.sizes, slot: told}
+
+    def _next_size(self, mask: Mask, told: Mapping[int, float]) -> float | None:
+        """Return the size to try next: as much larger, by volume, as the tumour was too small, at most four times as large."""
+        request = self.aim.request if self.aim else None
+        if request is None or request.volume_ml is None:
+            return None
+        slot = anatomy_sizes.SLOTS.index(request.name)
+        made = measure(mask, request.tumor).volume_ml
+        factor = min(max(request.volume_ml / made, 1 / 4), 4.0) if made else 2.0
+        return min(told[slot] * factor, RELATIVE_MAX.get(request.tumor, 1.0))
+
+    def body(self, vector: Vector, seed: int, *, tumor: int | None = None, on_event: OnEvent = ignore) -> Mask:
+        """Make one body of these sizes on the cube of the mask networks, mended, with no tumour but `tumor`."""
         import torch
 
         from .. import sampling
@@ -100,7 +132,7 @@ class Diffusion:
         latent = denoising.sample(nets, vector, noise, steps=self.steps, generator=generator, on_step=on_step, compat=self.compat)
         if not bool(torch.isfinite(latent).all()):
             raise Rejected("the mask diffusion diverged: its latent is not finite", hint="use --dtype fp32, or more --mask-steps")
-        array = denoising.to_labels(denoising.decode(nets, latent))
+        array = repair(denoising.to_labels(denoising.decode(nets, latent)), tumor=tumor, compat=self.compat)
         return Mask(array=array, geometry=Geometry(size=array.shape, spacing=(VOXEL_MM,) * 3))  # type: ignore[arg-type]
 
     def _load(self, on_event: OnEvent) -> Networks:

@@ -119,6 +119,14 @@ def slots_of(labels: Collection[int]) -> frozenset[int]:
     return frozenset(slot for slot, name in enumerate(SLOTS) if name in names)
 
 
+def typical(vectors: Sequence[Vector], slot: int) -> float:
+    """Return the median size among the patients who have what lies in a slot. Raises `UsageError` when none has."""
+    found = sorted(vector[slot] for vector in vectors if vector[slot] != ABSENT)
+    if not found:
+        raise UsageError(f"none of the {len(vectors)} patients has a {SLOTS[slot]}", hint="use the released anatomy sizes")
+    return found[len(found) // 2]
+
+
 def check_known(vectors: Sequence[Vector], slot: int, size: float) -> None:
     """Refuse a size above 1 that is larger than any which the networks saw."""
     largest = max(1.0, *(vector[slot] for vector in vectors))

@@ -12,6 +12,7 @@ from ..catalog import ModelSpec
 from ..errors import CannotRun, UsageError
 from ..events import OnEvent
 from ..geometry import Geometry
+from ..lesions import parse_request
 from ..plugins import plugins
 from ..settings import GenerateSettings
 from ..volumes import Mask
@@ -29,12 +30,13 @@ class Made:
 class Wanted:
     """What a mask must hold: every id of `organs` and region of `regions`, and no tumour that is not among `organs`.
 
-    With `compat` floats are compared exactly, and entries that list no regions pass for every region.
+    With `compat` entries that list no regions pass for every region; with `any_tumor` no tumour is held against a mask.
     """
 
     organs: frozenset[int] = frozenset()
     regions: tuple[int, ...] = ()
     compat: bool = False
+    any_tumor: bool = False
 
     def missing(self, ids: Collection[int]) -> list[str]:
         """Return the names of the organs that are not among `ids`."""
@@ -42,7 +44,7 @@ class Wanted:
 
     def tumors(self, ids: Collection[int]) -> list[str]:
         """Return the names of the tumours among `ids` that nobody asked for."""
-        return [tumor.name for tumor in maisi().tumors() if tumor.id in ids and tumor.id not in self.organs]
+        return [tumor.name for tumor in maisi().tumors() if tumor.id in ids and tumor.id not in self.organs and not self.any_tumor]
 
     def shows(self, regions: tuple[int, int] | None) -> bool:
         """Say whether every region lies between the top and the bottom of what is shown."""
@@ -63,10 +65,11 @@ class Wanted:
         return f"holds ids that MAISI does not have: {', '.join(map(str, strange[:8]))}" if strange else None
 
     @classmethod
-    def of(cls, settings: GenerateSettings, also: Collection[int] = ()) -> Wanted:
+    def of(cls, settings: GenerateSettings, also: Collection[int] = (), *, any_tumor: bool = False) -> Wanted:
         """Return what the settings ask for, and the labels `also`."""
         return cls(organs=frozenset(maisi().id(name) for name in settings.anatomy) | frozenset(also),
-                   regions=tuple(region_index(name) for name in settings.regions), compat=settings.compat == "reference")  # fmt: skip
+                   regions=tuple(region_index(name) for name in settings.regions), compat=settings.compat == "reference",
+                   any_tumor=any_tumor)  # fmt: skip
 
 
 class Source(Protocol):
@@ -91,6 +94,8 @@ def open_source(
     `typed` are the settings that the user gave. Raises `UsageError` for those among them that the source does not
     honour, and whatever the source finds wrong.
     """
+    if settings.tumor:
+        parse_request(settings.tumor)  # what is not understood is told before what is not honoured
     target: Any = plugins().registry("mask_sources").get(name)
     honours: Collection[str] = getattr(target, "honours", frozenset())
     for key, flag in SPECIAL.items():
