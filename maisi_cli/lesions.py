@@ -158,7 +158,7 @@ def _targets() -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def _size(size: str, text: str, example: str) -> tuple[float, Unit]:
-    found = re.fullmatch(r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[^\d\s.]*)", size)
+    found = re.fullmatch(r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>(?:[^\d\s.]\S*)?)", size)
     if not found:
         raise UsageError(f"{size!r} in {text!r} is not a size", hint=example)
     amount, unit = float(found["number"]), found["unit"].casefold()
