@@ -33,7 +33,6 @@ from .repair import (
     bounds,
     checked,
     fill,
-    grown,
     hosts,
     ring_lobe,
 )
@@ -97,16 +96,19 @@ def parse_request(text: str) -> Request:
     """Read a request such as `liver:15mm`, `lung:2.5ml` or `hepatic tumor=0.3` (a relative size).
 
     An organ stands for its tumour, and one part of it (`right lung lower lobe`, `vertebrae L3`) narrows the host.
-    Raises `UsageError`, with near matches, for an organ without a tumour class, a size that cannot be, or several tumours.
+    A number without a unit is a relative size and takes `=`. Raises `UsageError`, with near matches, for an organ
+    without a tumour class, a size that cannot be, or several tumours.
     """
     example = "write it like liver:15mm, lung:2.5ml or 'hepatic tumor=0.3'"
     if re.search(r"[,;+]", text):
         raise UsageError(f"{text!r} asks for several tumours, and the networks know masks with one", hint=f"ask for one: {example}")
-    found = re.fullmatch(r"\s*(?P<name>[^:=]+?)\s*[:=]\s*(?P<size>.+?)\s*", text)
+    found = re.fullmatch(r"\s*(?P<name>[^:=]+?)\s*(?P<sign>[:=])\s*(?P<size>.+?)\s*", text)
     if not found:
         raise UsageError(f"the tumour {text!r} has no size", hint=example)
     tumor, host = _target(found["name"])
-    amount, unit = _size(found["size"], tumor, text, example)
+    amount, unit = _size(found["size"], text, example)
+    if unit == "relative":
+        _check_relative(amount, tumor, found["name"], bare=found["sign"] == ":")
     return Request(tumor=tumor, hosts=host, amount=amount, unit=unit)
 
 
@@ -114,7 +116,9 @@ def only_request(texts: Iterable[str]) -> Request | None:
     """Read the requests of a run: None without any, and `UsageError` for more than one."""
     given = [text for text in texts if text.strip()]
     if len(given) > 1:
-        raise UsageError(f"{len(given)} tumours are asked for, and the networks know masks with one", hint=f"keep one, such as {given[0]!r}")
+        raise UsageError(
+            f"{len(given)} tumours are asked for, and the networks know masks with one", hint=f"keep one, such as {given[0]!r}"
+        )
     return parse_request(given[0]) if given else None
 
 
@@ -153,8 +157,8 @@ def _targets() -> dict[str, tuple[int, tuple[int, ...]]]:
     return found
 
 
-def _size(size: str, tumor: int, text: str, example: str) -> tuple[float, Unit]:
-    found = re.fullmatch(r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[^\d\s.]*)", size)
+def _size(size: str, text: str, example: str) -> tuple[float, Unit]:
+    found = re.fullmatch(r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>(?:[^\d\s.]\S*)?)", size)
     if not found:
         raise UsageError(f"{size!r} in {text!r} is not a size", hint=example)
     amount, unit = float(found["number"]), found["unit"].casefold()
@@ -167,16 +171,20 @@ def _size(size: str, tumor: int, text: str, example: str) -> tuple[float, Unit]:
     amount *= factor
     if not (math.isfinite(amount) and amount > 0):
         raise UsageError(f"the tumour in {text!r} has no positive size", hint="leave the tumour out for a mask without one")
-    if kind == "relative":
-        largest = RELATIVE_MAX.get(tumor, 1.0)
-        if amount > largest:
-            raise UsageError(f"a relative size of {amount:g} is beyond {largest:g}, the largest that the networks saw",
-                             hint=f"add a unit, such as {amount:g}mm, or stay below {largest:g}")  # fmt: skip
-    else:
-        limit = LARGEST_MM if kind == "mm" else math.pi / 6 * LARGEST_MM**3 / 1000
-        if amount > limit:
-            raise UsageError(f"a tumour of {amount:g} {kind} is too large", hint=f"ask for at most {limit:.4g} {kind}")
+    limit = {"mm": LARGEST_MM, "ml": math.pi / 6 * LARGEST_MM**3 / 1000}.get(kind, math.inf)
+    if amount > limit:
+        raise UsageError(f"a tumour of {amount:g} {kind} is too large", hint=f"ask for at most {limit:.0f} {kind}")
     return amount, kind
+
+
+def _check_relative(amount: float, tumor: int, name: str, *, bare: bool) -> None:
+    largest = RELATIVE_MAX.get(tumor, 1.0)
+    if bare:  # it might be millimetres that were meant
+        raise UsageError(f"the size {amount:g} of {name!r} has no unit",
+                         hint=f"write {name}:{amount:g}mm, {name}:{amount:g}ml, or the relative size {name}=0.3")  # fmt: skip
+    if amount > largest:
+        raise UsageError(f"a relative size of {amount:g} is beyond {largest:g}, the largest that the networks saw",
+                         hint=f"write {name}:{amount:g}mm, or stay within {largest:g}")  # fmt: skip
 
 
 # --- what is there --------------------------------------------------------------------------------------------
@@ -227,6 +235,7 @@ def _surroundings(labels: Labels, lesion: Bits, host: Sequence[int], spacing: Tr
     around = labels[ring]
     counts = np.bincount(around, minlength=256)
     proper = counts[list(host)]
+    surround: int | None
     if proper.any():
         surround = host[int(proper.argmax())]
     else:
@@ -291,3 +300,255 @@ def augment(
         if done:
             moved.append(tumor)
     return Augmented(labels=result, moved=tuple(moved), stayed=tuple(t for t in present if t not in moved), tries=tries)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """How far a piece of a tumour is moved about its own centre, and which share must then lie in its organ.
+
+    Each range is symmetric: shifts in mm and turns in radians along and about each axis, scales as 1 ± `scale`.
+    """
+
+    shift_mm: float
+    turn: Triple
+    scale: float
+    inside: float
+
+
+_TURN = math.pi / 36
+_MOVES = {  # the ranges of the reference (2.8), where a voxel is taken for a millimetre
+    LUNG_TUMOR: Move(shift_mm=20, turn=(_TURN, _TURN, math.pi), scale=0.15, inside=0.85),
+    LIVER_TUMOR: Move(shift_mm=10, turn=(_TURN,) * 3, scale=0.2, inside=0.8),
+    PANCREATIC_TUMOR: Move(shift_mm=15, turn=(_TURN,) * 3, scale=0.1, inside=0.8),
+    COLON_TUMOR: Move(shift_mm=5, turn=(_TURN,) * 3, scale=0.1, inside=0.8),
+    BONE_LESION: Move(shift_mm=5, turn=(0.0, 0.0, 0.1), scale=0.15, inside=0.8),
+}
+_OTHER = Move(shift_mm=10, turn=(_TURN,) * 3, scale=0.1, inside=0.8)
+_BEND = (0.03, 0.10)  # root mean square of the bending, and its smoothness, in diameters of the piece
+_BEND_LENGTH = 0.35
+
+
+def _move_all(labels: Labels, tumor: int, rng: np.random.Generator, spacing: Triple, max_tries: int) -> tuple[int, bool]:
+    """Move each piece of a tumour; return the tries that it took, and whether any piece found a place. In place."""
+    box = bounds(labels == tumor)
+    assert box is not None  # the caller saw it
+    parts, _ = ndimage.label(labels[box] == tumor, structure=np.ones((3, 3, 3), dtype=bool))
+    tries, moved = 0, False
+    for number, found in enumerate(ndimage.find_objects(parts), start=1):
+        corner = tuple(span.start + whole.start for span, whole in zip(found, box, strict=True))
+        count, done = _move_piece(labels, parts[found] == number, corner, tumor, rng, spacing, max_tries)
+        tries += count
+        moved |= done
+    return tries, moved
+
+
+def _move_piece(
+    labels: Labels, piece: Bits, corner: tuple[int, ...], tumor: int, rng: np.random.Generator, spacing: Triple, max_tries: int
+) -> tuple[int, bool]:
+    move, host, mm = _MOVES.get(tumor, _OTHER), hosts(tumor), np.asarray(spacing)
+    extent = float(np.linalg.norm(np.array(piece.shape) * mm))
+    room = np.ceil((extent * (0.5 * move.scale + 0.25) + 1) / mm).astype(int)  # for the deformed piece, the farthest it reaches
+    reach = room + np.ceil(move.shift_mm / mm).astype(int)
+    area = _around(corner, piece.shape, reach, labels.shape)
+    view = labels[area]
+    offset = np.array([start - span.start for start, span in zip(corner, area, strict=True)])
+    own = np.zeros(view.shape, dtype=bool)
+    own[tuple(slice(start, start + n) for start, n in zip(offset, piece.shape, strict=True))] = piece
+    free = (among(view, host) | own) & ~dilate((view == tumor) & ~own, 3)
+    voxels = int(np.count_nonzero(piece))
+    shape = np.pad(piece, [(int(n), int(n)) for n in room])
+    for count in range(1, max_tries + 1):
+        shift = np.rint(rng.uniform(-move.shift_mm, move.shift_mm, 3) / mm).astype(int)
+        deformed = np.argwhere(_deformed(shape, mm, move, rng))
+        place = deformed + offset - room + shift
+        place = place[((place >= 0) & (place < view.shape)).all(axis=1)]  # the rest is outside the volume
+        kept = place[free[tuple(place.T)]]
+        if not len(deformed) or len(kept) < move.inside * len(deformed):
+            continue
+        new = np.zeros(view.shape, dtype=bool)
+        new[tuple(kept.T)] = True
+        new |= _closed(new, 3) & free
+        if voxels <= 2 * np.count_nonzero(new) <= 4 * voxels and not np.array_equal(new, own):
+            fill(view, own, host)
+            view[new] = tumor
+            return count, True
+    return max_tries, False
+
+
+def _deformed(piece: Bits, mm: NDArray[np.float64], move: Move, rng: np.random.Generator) -> Bits:
+    """Return the piece turned, scaled and bent about its centre, by the inverse map to the nearest voxel."""
+    centre = np.argwhere(piece).mean(axis=0)
+    diameter = _diameter(float(np.count_nonzero(piece) * mm.prod() / 1000))
+    bend = rng.standard_normal((3, *piece.shape), dtype=np.float32)
+    for part in bend:
+        ndimage.gaussian_filter(part, _BEND_LENGTH * diameter / mm, output=part, mode="nearest", truncate=2)
+    bend *= rng.uniform(*_BEND) * diameter / max(float(np.sqrt(np.mean(bend**2))), 1e-6)
+    turn = _rotation(rng.uniform(-1, 1, 3) * move.turn)
+    inverse = turn.T / (1 + rng.uniform(-move.scale, move.scale, 3))[:, None]
+    at = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in piece.shape), indexing="ij"))
+    from_centre = (at - centre[:, None, None, None]) * mm[:, None, None, None] + bend
+    source = np.tensordot(inverse, from_centre, axes=1) / mm[:, None, None, None] + centre[:, None, None, None]
+    index = np.rint(source).astype(np.intp)
+    within = np.logical_and.reduce([(index[axis] >= 0) & (index[axis] < n) for axis, n in enumerate(piece.shape)])
+    for axis, n in enumerate(piece.shape):
+        index[axis].clip(0, n - 1, out=index[axis])
+    return piece[tuple(index)] & within
+
+
+def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the rotation about x, then y, then z by these angles in radians."""
+    result = np.eye(3)
+    for axis, angle in enumerate(angles):
+        first, second = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[[first, second], [first, second]] = math.cos(angle)
+        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
+        result = turn @ result
+    return result
+
+
+def _around(corner: Sequence[int], size: Sequence[int], margin: NDArray[np.int_], shape: Sequence[int]) -> Box:
+    low, middle, high = (
+        slice(max(0, start - int(more)), min(n, start + length + int(more)))
+        for start, length, more, n in zip(corner, size, margin, shape, strict=True)
+    )
+    return low, middle, high
+
+
+def _closed(bits: Bits, cube: int) -> Bits:
+    """Return the closing by a cube, the outside of the volume counting as true, as the reference has it here."""
+    return erode(dilate(bits, cube, outside=True), cube, outside=True)
+
+
+def _zoomed(labels: Labels, zoom: float) -> Labels:
+    """Return the content magnified about the centre, on the same grid; edges are repeated."""
+    result = labels
+    for axis, n in enumerate(labels.shape):
+        at = np.rint((np.arange(n) - (n - 1) / 2) / zoom + (n - 1) / 2).astype(int).clip(0, n - 1)
+        result = result.take(at, axis=axis)
+    return result
+
+
+# --- placed in a healthy organ --------------------------------------------------------------------------------
+
+
+def place(labels: Labels, request: Request, *, seed: int, spacing_mm: Triple, max_tries: int = MAX_TRIES) -> Labels:
+    """Return a mask with a new lesion as large as the request, to the voxel, in one piece within its hosts.
+
+    A blob with axes of its own and a bent surface grows from a random voxel of the host and yields where the
+    host ends, but not far: what does not fit in `max_tries` places is refused. Only host voxels change.
+    Raises `UsageError` for a relative size, a mask without the host, a lesion below one voxel, or one that does not fit.
+    """
+    labels = checked(labels)
+    if request.volume_ml is None:
+        raise UsageError(f"a relative size ({request}) is the mask networks' own and cannot be painted", hint="give it in mm or ml")
+    mm = np.asarray(spacing_mm, dtype=float)
+    voxels = round(request.volume_ml * 1000 / mm.prod())
+    if voxels < 1:
+        raise UsageError(f"{request} is smaller than one voxel of this mask", hint=f"ask for at least {_diameter(mm.prod() / 1000):.1f}mm")
+    host = among(labels, request.hosts)
+    voxels_of_host = np.flatnonzero(host)
+    if not voxels_of_host.size:
+        names = ", ".join(maisi().name_of(value) for value in request.hosts[:5])
+        raise UsageError(f"this mask has no organ for {request} ({names})", hint="choose a mask or a preset that shows it")
+    rng, radius = np.random.default_rng(seed), _diameter(request.volume_ml) / 2
+    for slack in np.linspace(1.1, 1.5, max_tries) if voxels < voxels_of_host.size else ():
+        at = [int(index) for index in np.unravel_index(rng.choice(voxels_of_host), labels.shape)]
+        area = _around(at, (1, 1, 1), np.ceil(1.8 * slack * radius / mm).astype(int), labels.shape)
+        free = host[area]
+        far = _blob(free.shape, np.array(at) - [span.start for span in area], mm, radius, rng)[free]
+        if far.size < voxels:
+            continue
+        nearest = np.argpartition(far, voxels - 1)[:voxels]
+        if far[nearest].max() > slack:
+            continue
+        chosen = np.zeros(far.size, dtype=bool)
+        chosen[nearest] = True
+        new = np.zeros(free.shape, dtype=bool)
+        new[free] = chosen
+        if ndimage.label(new)[1] == 1:
+            result = labels.copy()
+            result[area][new] = request.tumor
+            return result
+    largest = _diameter(float(voxels_of_host.size * mm.prod() / 1000))
+    raise UsageError(f"{request} fits nowhere in its organ, which is as large as a ball of {largest:.0f} mm",
+                     hint="ask for a smaller one, or another organ")  # fmt: skip
+
+
+def _blob(shape: tuple[int, ...], centre: NDArray[Any], mm: NDArray[np.float64], radius: float, rng: np.random.Generator) -> NDArray[Any]:
+    """Return how far each voxel lies from the centre of a bent ellipsoid as large as a ball of `radius`, where it is 1."""
+    axes = np.exp(rng.normal(0, 0.15, 3))
+    axes /= axes.prod() ** (1 / 3)
+    turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    at = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+    far = np.linalg.norm(((at - centre) * mm) @ turn / (axes * radius), axis=-1)
+    bumps = ndimage.gaussian_filter(rng.standard_normal(shape), 0.5 * radius / mm, mode="nearest", truncate=2)
+    return far * (1 + 0.1 * bumps / max(float(np.sqrt(np.mean(bumps**2))), 1e-6))
+
+
+# --- as the reference moves them ------------------------------------------------------------------------------
+
+_REFERENCE_BONES = (*range(33, 57), *range(63, 98), 127, 114)
+_REFERENCE_ORDER = (BONE_LESION, LIVER_TUMOR, LUNG_TUMOR, PANCREATIC_TUMOR, COLON_TUMOR)
+
+
+def _reference(labels: Labels, seed: int, max_tries: int) -> Augmented:
+    import torch
+
+    tumor = next((value for value in _REFERENCE_ORDER if (labels == value).any()), None)
+    transform = _reference_transform(tumor)
+    transform.set_random_state(seed)  # type: ignore[attr-defined]
+    if tumor is None:
+        zoomed = transform(torch.from_numpy(labels.astype(np.float32))[None])
+        return Augmented(labels=np.asarray(zoomed[0]).astype(np.uint8), zoom=float(transform._zoom[0]))  # type: ignore[attr-defined]
+    lesion = labels == tumor
+    lesion_in = torch.from_numpy(lesion.astype(np.float32))[None]
+    host = _reference_host(labels, lesion, tumor)
+    wanted = np.count_nonzero(lesion)
+    for count, share in _reference_tries(tumor, max_tries):
+        moved = np.asarray(transform(lesion_in)[0]) > 0.5 if share is not None else lesion
+        kept = moved & host
+        if np.count_nonzero(kept) >= (0.75 if share is None else share) * wanted:
+            result = labels.copy()
+            result[lesion] = _reference_filling(labels, lesion, tumor)
+            result[_closed(kept, 5)] = tumor
+            return Augmented(labels=result, moved=(tumor,), tries=count)
+    return Augmented(labels=labels.copy(), stayed=(tumor,), tries=max_tries)
+
+
+def _reference_tries(tumor: int, max_tries: int) -> Iterator[tuple[int, float | None]]:
+    """Yield each try with the share that must be kept; None for the colon tumour as it was, which must keep 0.75."""
+    share = {LUNG_TUMOR: 0.85}.get(tumor, 0.8)
+    for count in range(1, max_tries + 1):
+        if tumor == COLON_TUMOR and count > 20:
+            yield count, None
+            return  # it is tried as it was, which gives the same each time
+        yield count, 0.75 if tumor == BONE_LESION and count > 40 else share
+
+
+def _reference_host(labels: Labels, lesion: Bits, tumor: int) -> Bits:
+    if tumor == BONE_LESION:
+        return among(labels, _REFERENCE_BONES) | lesion
+    return _closed(among(labels, hosts(tumor)) | (lesion if tumor != LUNG_TUMOR else False), 5)
+
+
+def _reference_filling(labels: Labels, lesion: Bits, tumor: int) -> int:
+    if tumor == LUNG_TUMOR:
+        return ring_lobe(labels, lesion)
+    return BODY if tumor == BONE_LESION else hosts(tumor)[0]
+
+
+def _reference_transform(tumor: int | None) -> Transform:
+    """Return the reference's random transform for a tumour, or for the whole body (2.8)."""
+    from monai.transforms import Rand3DElastic, RandAffine, RandZoom
+
+    if tumor is None:
+        return RandZoom(prob=1.0, min_zoom=0.99, max_zoom=1.01, mode="nearest", keep_size=True)
+    if tumor == BONE_LESION:
+        return RandAffine(prob=1.0, rotate_range=(0, 0, 0.1), translate_range=(5, 5, 0), scale_range=(0.15, 0.15, 0),
+                          mode="nearest", padding_mode="zeros")  # fmt: skip
+    move = _MOVES[tumor]
+    return Rand3DElastic(
+        prob=1.0, sigma_range=(5, 8), magnitude_range=(100, 200), translate_range=(int(move.shift_mm),) * 3, rotate_range=move.turn,
+        scale_range=(move.scale,) * 3, mode="nearest", padding_mode="zeros",
+    )  # fmt: skip

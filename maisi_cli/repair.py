@@ -209,7 +209,7 @@ def _reference(labels: Labels, tumor: int | None) -> Labels:
     organs = _organs(tumor)
     removed, bowel = _drop_strays(labels, organs)
     _close_each(labels, organs)
-    if tumor is not None and (labels == tumor).any():
+    if tumor is not None and lesion.any():
         if tumor == LUNG_TUMOR:
             _extend_lobe(labels)
             _reclaim(labels, tumor, removed, box=5)
