@@ -12,9 +12,11 @@ from maisi_cli.anatomy import maisi
 from maisi_cli.catalog import model
 from maisi_cli.decoding import decode, reference_decoder, to_hu
 from maisi_cli.geometry import Geometry
-from maisi_cli.masks import database, denoising, fitting, sizes
+from maisi_cli.masks import database, denoising, fitting, renumbered, sizes
 from maisi_cli.networks import Condition
+from maisi_cli.repair import repair
 from maisi_cli.sampling import euler, flow_schedule
+from maisi_cli.settings import GenerateSettings
 from maisi_cli.volumes import Mask, read_mask
 from torch import Tensor
 
@@ -75,7 +77,9 @@ def test_the_mask_diffusion_is_the_reference_s(shared: Shared) -> None:
     channels = denoising.decode(nets, golden.tensor("mask_decode_input"))
     wanted = golden.arrays["mask_decode_argmax"][0]
     assert float((channels != wanted).mean()) < 1e-4  # where two channels are equally likely, rounding decides
-    assert np.array_equal(denoising.to_labels(wanted), golden.arrays["mask_before_postprocess"])
+    labels = denoising.to_labels(wanted)
+    assert np.array_equal(labels, golden.arrays["mask_before_postprocess"])
+    assert np.array_equal(repair(labels, tumor=26, compat=True), golden.arrays["mask_after_postprocess"])
 
 
 @pytest.mark.parametrize("slab", [1, 5, 8, 64])
@@ -119,6 +123,18 @@ def test_the_search_finds_the_mask_that_the_reference_finds(shared: Shared) -> N
     mask = read_mask(shared("golden/datasets/all_masks_small") / found[0].file)
     assert np.array_equal(mask.array, golden.arrays["mask_read_0"])
     assert fitting.fit(mask, geometry, compat=True).array is mask.array
+
+
+@pytest.mark.parametrize("name", ["p20_paired_rflow_db_exact", "p23_paired_rflow_maskgen"])
+def test_labels_are_numbered_as_the_reference_saves_them(shared: Shared, name: str) -> None:
+    golden = case(shared, name)
+    config = golden.meta["config"]
+    settings = GenerateSettings(anatomy=tuple(config["anatomy_list"]),
+                                anatomy_size=tuple(f"{organ}={size}" for organ, size in config["controllable_anatomy_size"]))  # fmt: skip
+    cube = Geometry(size=(64, 64, 64), spacing=(1.5, 1.5, 2.0))
+    made = renumbered(Mask(array=golden.arrays["controlnet_label_0"].astype(np.uint8), geometry=cube), settings)
+    saved = read_mask(shared(f"golden/{name}/label_0.nii.gz"))
+    assert np.array_equal(made.array, saved.array)
 
 
 # --- masks of the user ------------------------------------------------------------------------------

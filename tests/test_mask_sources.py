@@ -19,6 +19,7 @@ from maisi_cli.cli import run
 from maisi_cli.errors import CannotRun, MaisiError, UsageError
 from maisi_cli.events import Note
 from maisi_cli.geometry import Geometry
+from maisi_cli.lesions import measure
 from maisi_cli.masks import Made, choose, database, fitting, open_source, renumbered, sizes
 from maisi_cli.masks.diffusion import Diffusion
 from maisi_cli.masks.sources import Wanted
@@ -562,15 +563,45 @@ def whole(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
             "size": "32x32x32", "spacing": "1.5x1.5x1.5", "dtype": "fp32", "on_qc_fail": "keep", "allow_ood": True}  # fmt: skip
 
 
-def test_a_run_records_the_mask_of_the_database(shared: Shared, whole: dict[str, Any]) -> None:
+def test_a_run_records_the_mask_of_the_database(whole: dict[str, Any]) -> None:
+    """One mask has the tumour that is asked for: the samples share it, which is said, and the tumour moves."""
     del whole["mask_steps"]
-    whole |= {"mask_source": "database", "size": "64x64x64", "spacing": "1.5x1.5x2", "mode": "mask", "count": 2}
-    samples = list(generate(**whole, out="a"))
-    assert [sample.record["mask"]["id"] for sample in samples] == ["m0.nii.gz"] * 2
-    assert all(sample.record["mask"]["source"] == "database" for sample in samples)
+    whole |= {"mask_source": "database", "size": "64x64x64", "spacing": "1.5x1.5x2", "mode": "mask", "count": 2, "tumor": "liver:15mm"}
+    said: list[Any] = []
+    samples = list(generate(**whole, out="a", on_event=said.append))
+    assert any("2 samples share the 1 masks" in note.text for note in said if isinstance(note, Note))
+    for sample in samples:
+        found = sample.record["mask"]
+        assert (found["source"], found["id"], found["exact"]) == ("database", "m4.nii.gz", True)
+        assert sample.mask is not None
+        volume = np.count_nonzero(sample.mask.array == LIVER_TUMOR) * 1.5 * 1.5 * 2 / 1000
+        assert found["tumor"]["volume_ml"] == pytest.approx(volume, abs=1e-3)
+        assert found["tumor"]["host"] == "liver"
+        assert sample.record["settings"]["tumor"]["value"] == "liver:15mm"
     alone = list(generate(**whole, out="b", shard="2/2"))
     assert alone[0].paths["label"].read_bytes() == samples[1].paths["label"].read_bytes()
     assert samples[0].paths["label"].read_bytes() != samples[1].paths["label"].read_bytes()
+
+
+def test_the_best_of_several_masks_of_the_database_is_taken(shared: Shared) -> None:
+    """Both masks with a lung tumour are tried; of what was tried, none is closer than the one that is taken."""
+    source = small(shared, tumor="lung:1ml", regions=(), size=(60, 60, 60), spacing=(1.6, 1.6, 1.9))
+    geometry = Geometry(size=(60, 60, 60), spacing=(1.6, 1.6, 1.9))
+    tried: list[float] = []
+    made_one = source.varied
+
+    def varied(*args: Any, **kwargs: Any) -> Any:
+        mask, about = made_one(*args, **kwargs)
+        tried.append(abs(measure(mask, LUNG_TUMOR).volume_ml / 1.0 - 1))
+        return mask, about
+
+    source.varied = varied  # type: ignore[method-assign]
+    found = source(chosen(), geometry, 1).about["tumor"]
+    assert found["tries"] == len(tried)
+    assert found["miss"] == pytest.approx(min(tried), abs=1e-3)
+    assert found["reached"] is (min(tried) <= 0.25)
+    with pytest.raises(UsageError, match="knows no relative sizes such as lung tumor=0.3"):
+        small(shared, tumor="lung=0.3")
 
 
 def test_a_run_generates_mask_and_image_and_records_both(whole: dict[str, Any]) -> None:

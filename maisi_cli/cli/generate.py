@@ -177,7 +177,14 @@ def _require_masks(resolved: Any, spec: Any) -> None:
     """Refuse what the source of the masks cannot do; the phantom, which nothing was asked of, needs no look."""
     chosen = resolved.settings
     typed = frozenset(key for key, setting in resolved.origins.items() if setting.origin in ("command line", "--set"))
-    asked = ("mask_steps" in typed, chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"), not spec.bundled)
+    asked = (
+        "mask_steps" in typed,
+        chosen.mask_database,
+        chosen.anatomy_size,
+        chosen.tumor,
+        chosen.mask_source not in ("auto", "phantom"),
+        not spec.bundled,
+    )
     if chosen.mode == "image" or chosen.mask is not None or not any(asked):
         return
     from .. import masks

@@ -150,6 +150,7 @@ class Database:
             raise UsageError(f"none of the {len(entries)} masks of {self.index.name} {self._wish(settings)}",
                              hint="leave something out of --anatomy, or choose another --preset")  # fmt: skip
         geometry = settings.geometry()
+        self._told = False
         self.exact = exact(found, geometry, compat=self.compat)
         self.ranked = self.exact or closest(found, geometry)
         if not self.ranked:
@@ -168,6 +169,11 @@ class Database:
         keeps what was asked for.
         """
         best, reasons = Best(aim=self.aim), []
+        if not self._told and settings.count > len(self.ranked):
+            self._told = True
+            on_event(
+                Note(text=f"{settings.count} samples share the {len(self.ranked)} masks of {self.index.name} that fit", level="warning")
+            )
         for number, entry in enumerate(self.drawn(seed)):
             mask, about = self.varied(entry, geometry, derive(seed, number, 0, "augment"), on_event=on_event)
             problem = self.wanted.problem(mask)
