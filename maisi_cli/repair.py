@@ -7,7 +7,7 @@ functions take and return uint8 labels of shape (X, Y, Z) with MAISI ids and lea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -194,7 +194,7 @@ def _choose_pieces(labels: Labels, tumor: int) -> None:
 def _reference(labels: Labels, tumor: int | None) -> Labels:
     vessel, airway = labels == _VESSEL, labels == _AIRWAY
     labels = labels.copy()
-    labels[~_body(labels)] = 0
+    labels[~_body(labels, _last_largest)] = 0
     for other, host in _BECOMES.items():
         if other != tumor:
             labels[labels == other] = host
@@ -203,11 +203,11 @@ def _reference(labels: Labels, tumor: int | None) -> Labels:
         _close_each(labels, (tumor,))
         lesion = labels == tumor
         if tumor not in _MANY:
-            kept = largest(lesion)
+            kept = _last_largest(lesion)
             labels[lesion & ~kept] = BODY
             lesion = kept
     organs = _organs(tumor)
-    removed, bowel = _drop_strays(labels, organs)
+    removed, bowel = _drop_strays(labels, organs, _last_largest)
     _close_each(labels, organs)
     if tumor is not None and lesion.any():
         if tumor == LUNG_TUMOR:
@@ -227,6 +227,16 @@ def _reference(labels: Labels, tumor: int | None) -> Labels:
     if tumor is not None:
         labels[lesion] = tumor
     return labels
+
+
+def _last_largest(bits: Bits) -> Bits:
+    """As `largest`; of several that are as large the last, by y, then x, then z, which is the reference's choice."""
+    parts, number = ndimage.label(bits.transpose(1, 0, 2), structure=np.ones((3, 3, 3), dtype=bool))
+    if number < 2:
+        return bits
+    sizes = np.bincount(parts.ravel())[1:]
+    found: Bits = parts.transpose(1, 0, 2) == number - int(sizes[::-1].argmax())
+    return found
 
 
 def _reference_without(labels: Labels, keep: int | None) -> Labels:
@@ -259,12 +269,12 @@ def _organs(tumor: int | None) -> tuple[int, ...]:
     return _ONE_PIECE if tumor == BONE_LESION else _ONE_PIECE + _BONES_IN_ONE_PIECE
 
 
-def _body(labels: Labels) -> Bits:
+def _body(labels: Labels, largest: Callable[[Bits], Bits] = largest) -> Bits:
     """Say which voxels belong to the largest thing in the volume, threads and specks cut off."""
     return dilate(largest(erode(labels > 0, 3, outside=False)), 3)
 
 
-def _drop_strays(labels: Labels, organs: Sequence[int]) -> tuple[Bits, Bits]:
+def _drop_strays(labels: Labels, organs: Sequence[int], largest: Callable[[Bits], Bits] = largest) -> tuple[Bits, Bits]:
     """Make body of what is not in an organ's largest piece; return these voxels, and those of the bowel apart. In place."""
     removed, bowel = np.zeros(labels.shape, dtype=bool), np.zeros(labels.shape, dtype=bool)
     found = ndimage.find_objects(labels)
