@@ -34,6 +34,7 @@ from .repair import (
     checked,
     fill,
     hosts,
+    lesions_of,
     ring_lobe,
 )
 from .volumes import Mask
@@ -86,6 +87,11 @@ class Request:
             return None
         made = lesion.diameter_mm if self.unit == "mm" else lesion.volume_ml
         return abs(made / self.amount - 1)
+
+    def met(self, lesion: Lesion, *, tolerance: float = 0.25) -> bool:
+        """Say whether a lesion lies where it was asked for and is off by no more than `tolerance` (a relative size always is)."""
+        miss = self.miss(lesion)
+        return lesion.components > 0 and lesion.host in self.hosts and (miss is None or miss <= tolerance)
 
     def __str__(self) -> str:
         size = f"={self.amount:g}" if self.unit == "relative" else f":{self.amount:g}{self.unit}"
@@ -287,8 +293,8 @@ def augment(
     labels = checked(labels)
     if compat:
         return _reference(labels, seed, max_tries or MAX_TRIES_COMPAT)
-    rng = np.random.default_rng(seed)
-    present = [label.id for label in maisi().tumors() if hosts(label.id) and (labels == label.id).any()]
+    rng, tumors = np.random.default_rng(seed), {label.id for label in maisi().tumors()}
+    present = [lesion for lesion in lesions_of(labels) if lesion in tumors]
     if not present:
         zoom = float(rng.uniform(0.99, 1.01))
         return Augmented(labels=_zoomed(labels, zoom), zoom=zoom)

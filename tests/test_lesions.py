@@ -139,6 +139,11 @@ def test_what_was_made_is_held_against_what_was_asked():
     assert parse_request("liver=0.5").miss(lesion) is None
     nothing = lesions.Lesion(tumor=26, volume_ml=0.0, diameter_mm=0.0, components=0, host=None, overlap=0.0)
     assert parse_request("liver:12mm").miss(nothing) == 1
+    assert parse_request("liver:12mm").met(lesion)
+    assert not parse_request("liver:12mm").met(lesion, tolerance=0.2)
+    assert not parse_request("lung:15mm").met(lesion)
+    assert parse_request("liver=0.5").met(lesion)
+    assert not parse_request("liver=0.5").met(nothing)
     assert parse_request("liver:10mm").volume_ml == pytest.approx(math.pi / 6)
     assert parse_request("liver=0.5").volume_ml is None
 

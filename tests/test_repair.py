@@ -27,7 +27,7 @@ def block(labels: np.ndarray, value: int, low: tuple[int, int, int], high: tuple
 
 
 def torso() -> np.ndarray:
-    """A body with a liver, a pancreas, two lungs side by side, a colon and a vertebra, in air."""
+    """A body with a liver, a pancreas, two lungs side by side, a heart between them, a colon and a vertebra, in air."""
     labels = np.zeros((40, 40, 40), U8)
     block(labels, BODY, (2, 2, 2), (38, 38, 38))
     block(labels, 1, (20, 6, 4), (36, 20, 16))
@@ -35,6 +35,7 @@ def torso() -> np.ndarray:
     block(labels, 62, (6, 24, 4), (34, 32, 14))
     block(labels, 28, (4, 8, 20), (18, 30, 36))
     block(labels, 30, (21, 8, 20), (36, 30, 36))
+    block(labels, 115, (18, 10, 22), (21, 20, 30))
     return block(labels, 36, (16, 32, 16), (24, 37, 24))
 
 
@@ -88,6 +89,7 @@ def test_only_the_tumour_that_is_asked_for_is_left(seed, tumor):
     assert set(lesions_of(made)) <= {tumor}
     assert made.dtype == U8
     assert not (made[labels == 0] != 0).any()  # nothing outside the body
+    assert np.isin(made[labels == 115], (0, 115)).all()  # nothing grows over an organ that is not repaired
     assert np.array_equal(repair(labels, tumor=tumor), made)
     if tumor in TUMORS:
         assert (made == tumor).sum() >= 20  # the lesion of 27 voxels, specks of others in it
