@@ -187,11 +187,17 @@ class _Run:
         tries = settings.retries + 1 if settings.on_qc_fail == "retry" else 1
         made: _Try | None = None
         for attempt in range(tries):
-            made = self._attempt(job, attempt)
+            last = attempt + 1 == tries
+            try:
+                made = self._attempt(job, attempt)
+            except masks.NoMask as error:
+                if last and settings.count == 1:
+                    raise
+                self.tell(Note(text=f"{job.id}: {error.message}" + ("" if last else "; trying again"), level="warning"))
+                continue
             if made.verdict is None or made.verdict.passed or settings.on_qc_fail == "keep":
                 return self._save(job, made)
             failed = "; ".join(finding.text for finding in made.verdict.failures())
-            last = attempt + 1 == tries
             self.tell(Note(text=f"{job.id} failed the check: {failed}" + ("" if last else "; trying again"), level="warning"))
         if settings.keep_latent:
             (self.out / f"{job.id}_latent.npy").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from maisi_cli.anatomy import BODY, maisi, regions_of
 from maisi_cli.catalog import model
 from maisi_cli.cli import run
-from maisi_cli.errors import CannotRun, MaisiError, UsageError
+from maisi_cli.errors import CannotRun, MaisiError, Rejected, UsageError
 from maisi_cli.events import Note
 from maisi_cli.geometry import Geometry
 from maisi_cli.lesions import measure
@@ -238,7 +238,7 @@ def test_an_index_that_is_wrong_is_refused(tmp_path: Path, text: str, message: s
         ({"mask_database": "nowhere.json"}, UsageError, "there is no mask database nowhere.json"),
         ({}, UsageError, "nano-ct comes without a mask database"),
         ({"model": "rflow-ct"}, CannotRun, "mask database of rflow-ct is not installed"),
-        ({"anatomy": ("prostate",), "small": True}, UsageError, "none of the 9 masks .* holds prostate"),
+        ({"anatomy": ("prostate",), "small": True}, UsageError, "none of the 9 masks .* holds prostate, and is free"),
         ({"size": (256, 64, 64), "small": True}, UsageError, "too coarse for 256x64x64"),
     ],
 )
@@ -504,7 +504,7 @@ def test_tries_come_closer_to_the_tumour_that_is_asked_for(diffusion, ml_per_siz
     found = made.about["tumor"]
     assert found["reached"]
     assert found["tries"] == len(painter.told) > 1
-    assert found["requested"] == "hepatic tumor:15mm"
+    assert (found["requested"], found["name"]) == ("liver:15mm", "hepatic tumor")
     assert 11.25 <= found["diameter_mm"] <= 18.75
     assert found["volume_ml"] == pytest.approx(np.count_nonzero(made.mask.array == LIVER_TUMOR) * 1.5**3 / 1000, abs=1e-4)
     assert (found["host"], found["overlap"], found["components"]) == ("liver", 1.0, 1)
@@ -519,7 +519,7 @@ def test_a_tumour_that_cannot_be_reached_is_said_and_recorded(diffusion) -> None
     assert not found["reached"]
     assert found["miss"] > 0.25
     warnings = [note for note in said if isinstance(note, Note) and note.level == "warning"]
-    assert any("hepatic tumor:40mm was asked for, and the best of 4 masks has" in note.text for note in warnings)
+    assert any("liver:40mm was asked for, and the best of 4 masks has" in note.text for note in warnings)
 
 
 def test_a_relative_size_is_told_as_it_is(diffusion) -> None:
@@ -569,7 +569,7 @@ def test_a_run_records_the_mask_of_the_database(whole: dict[str, Any]) -> None:
     whole |= {"mask_source": "database", "size": "64x64x64", "spacing": "1.5x1.5x2", "mode": "mask", "count": 2, "tumor": "liver:15mm"}
     said: list[Any] = []
     samples = list(generate(**whole, out="a", on_event=said.append))
-    assert any("2 samples share the 1 masks" in note.text for note in said if isinstance(note, Note))
+    assert any("2 samples share 1 of the masks" in note.text for note in said if isinstance(note, Note))
     for sample in samples:
         found = sample.record["mask"]
         assert (found["source"], found["id"], found["exact"]) == ("database", "m4.nii.gz", True)
@@ -620,6 +620,41 @@ def test_a_mask_alone_needs_the_mask_networks_only(whole: dict[str, Any]) -> Non
     sample = next(iter(generate(**whole, mode="mask", mask_source="diffusion")))
     assert {part["part"] for part in sample.record["model"]["weights"]} == {"mask_vae", "mask_unet"}
     assert sample.record["environment"]["device"]["name"] == "cpu"
+
+
+def test_a_mask_that_cannot_be_made_costs_one_sample_and_not_the_run(
+    whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The brain is not among what the stand-in paints: without retries the sample is left out, and a single one says why."""
+    monkeypatch.setattr(Diffusion, "body", lambda _self, _vector, _seed, **_: Mask(array=np.full(TINY.size, BODY, np.uint8), geometry=TINY))
+    whole |= {"mode": "mask", "mask_source": "diffusion", "anatomy": "brain"}
+    with pytest.raises(Rejected, match="2 of 2 samples"):
+        list(generate(**whole, count=2))
+    with pytest.raises(Rejected, match="none of 4 masks could be used: the last one has no brain"):
+        list(generate(**whole))
+    assert not Path("run").exists()
+
+
+def test_guidance_toward_the_tumour_compares_with_the_mask_without_it(tmp_path: Path, whole: dict[str, Any]) -> None:
+    """It acts on bone lesions too, which the reference leaves in place (number 32); without a tumour it says that it does nothing."""
+    array = np.full((32, 32, 32), BODY, np.uint8)
+    array[8:24, 8:24, 8:24] = 33
+    write_mask(Mask(array=array, geometry=Geometry(size=array.shape, spacing=(3.0, 3.0, 3.0))), tmp_path / "healthy.nii.gz")
+    array[12:20, 12:20, 12:20] = 128
+    write_mask(Mask(array=array, geometry=Geometry(size=array.shape, spacing=(3.0, 3.0, 3.0))), tmp_path / "lesion.nii.gz")
+    fixed = {key: value for key, value in whole.items() if key not in ("size", "spacing", "mask_steps", "preset")}
+    said: list[Any] = []
+
+    def image(name: str, scale: float) -> np.ndarray:
+        settings = {**fixed, "mask": f"{name}.nii.gz", "cfg_tumor": scale, "out": f"{name}{scale}"}
+        made = next(iter(generate(**settings, on_event=said.append))).image
+        assert made is not None
+        return np.asarray(made.array)
+
+    assert not np.array_equal(image("lesion", 0.0), image("lesion", 5.0))
+    assert not [note for note in said if isinstance(note, Note) and "cfg-tumor" in note.text]
+    assert np.array_equal(image("healthy", 0.0), image("healthy", 5.0))
+    assert [note.text for note in said if isinstance(note, Note) and "--cfg-tumor does nothing here" in note.text]
 
 
 def test_compatibility_numbers_labels_as_the_reference(whole: dict[str, Any]) -> None:

@@ -174,23 +174,18 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
 
 
 def _require_masks(resolved: Any, spec: Any) -> None:
-    """Refuse what the source of the masks cannot do; the phantom, which nothing was asked of, needs no look."""
+    """Tell where masks will come from, and refuse what was asked of that source in vain; the bundled model's phantom needs no look."""
     chosen = resolved.settings
     typed = frozenset(key for key, setting in resolved.origins.items() if setting.origin in ("command line", "--set"))
-    asked = (
-        "mask_steps" in typed,
-        chosen.mask_database,
-        chosen.anatomy_size,
-        chosen.tumor,
-        chosen.mask_source not in ("auto", "phantom"),
-        not spec.bundled,
-    )
-    if chosen.mode == "image" or chosen.mask is not None or not any(asked):
+    asked = any((chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"), "mask_steps" in typed,
+                 chosen.anatomy and not spec.bundled))  # fmt: skip
+    if chosen.mode == "image" or chosen.mask is not None or (spec.bundled and not asked):
         return
     from .. import masks
 
     name, reason = masks.choose(chosen, spec)
-    masks.open_source(name, chosen, spec, typed=typed)
+    if asked:
+        masks.open_source(name, chosen, spec, typed=typed)
     if reason:
         output.say(reason)
 

@@ -18,9 +18,9 @@ from ..events import Note, OnEvent, ignore
 from ..geometry import Geometry
 from ..settings import GenerateSettings
 from ..volumes import Mask, pad, read_mask
-from .sources import Made, Source, choose, open_source
+from .sources import Made, NoMask, Source, choose, open_source
 
-__all__ = ["Conditioned", "Made", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
+__all__ = ["Conditioned", "Made", "NoMask", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
            "phantom", "renumbered", "source_name"]  # fmt: skip
 
 

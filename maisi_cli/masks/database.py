@@ -33,6 +33,7 @@ from .tumors import Best, aim_of
 
 POOL = 20  # of the masks closest to the volume, those that samples are drawn from first
 BEST_OF = 12  # masks that are tried for a tumour of a given size
+COVERS = 0.95  # of the field of view along each axis; a mask that covers less leaves air, which is said
 STEP = 128  # voxels: masks that are smaller than the volume by this much along an axis are too coarse (reference.md 2.4)
 
 
@@ -152,7 +153,7 @@ class Database:
         geometry = settings.geometry()
         self._told = False
         self.exact = exact(found, geometry, compat=self.compat)
-        self.ranked = self.exact or closest(found, geometry)
+        self.ranked = [*self.exact, *(each for each in closest(found, geometry) if each not in self.exact)]
         if not self.ranked:
             raise UsageError(f"the {len(found)} masks of {self.index.name} that fit are too coarse for {format_triple(geometry.size)}",
                              hint="use a smaller --size, or --mask-source diffusion")  # fmt: skip
@@ -160,7 +161,9 @@ class Database:
     def _wish(self, settings: GenerateSettings) -> str:
         parts = [f"shows {', '.join(settings.regions)}"] * bool(settings.regions)
         parts += [f"holds {', '.join(settings.anatomy)}"] * bool(settings.anatomy)
-        return " and ".join([*parts, "is free of other tumours"])
+        if self.aim and self.aim.request:
+            parts.append(f"has a {self.aim.request.name}")
+        return ", ".join([*parts, "and is free of other tumours"]) if parts else "is free of tumours"
 
     def __call__(self, settings: GenerateSettings, geometry: Geometry, seed: int, *, on_event: OnEvent = ignore) -> Made:
         """Draw a mask, put it on `geometry`, vary it, and make sure that what was asked for is still in it.
@@ -169,11 +172,10 @@ class Database:
         keeps what was asked for.
         """
         best, reasons = Best(aim=self.aim), []
-        if not self._told and settings.count > len(self.ranked):
+        if not self._told and settings.count > len(self.first()):
             self._told = True
-            on_event(
-                Note(text=f"{settings.count} samples share the {len(self.ranked)} masks of {self.index.name} that fit", level="warning")
-            )
+            shared = f"{settings.count} samples share {len(self.first())} of the masks of {self.index.name}: no more fit as well"
+            on_event(Note(text=shared, level="warning"))
         for number, entry in enumerate(self.drawn(seed)):
             mask, about = self.varied(entry, geometry, derive(seed, number, 0, "augment"), on_event=on_event)
             problem = self.wanted.problem(mask)
@@ -191,20 +193,30 @@ class Database:
 
     def varied(self, entry: Entry, geometry: Geometry, seed: int, *, on_event: OnEvent = ignore) -> tuple[Mask, dict[str, Any]]:
         """Return a mask on `geometry`, its tumours moved or its body a little larger or smaller, and what was done to it."""
-        mask = fit(self.read(entry, on_event=on_event), geometry, compat=self.compat)
+        stored = self.read(entry, on_event=on_event)
+        mask = fit(stored, geometry, compat=self.compat)
         if self.wanted.problem(mask) is not None:
             return mask, {}
         done = augment(mask.array, seed=seed, spacing_mm=geometry.spacing, compat=self.compat)
         change = {"moved": [maisi().name_of(label) for label in done.moved], "stayed": [maisi().name_of(label) for label in done.stayed],
                   "tries": done.tries, "zoom": round(done.zoom, 6)}  # fmt: skip
-        return replace(mask, array=done.labels), {**self.about(entry), "augmented": change}
+        covered = tuple(min(1.0, old / new) for old, new in zip(stored.geometry.fov_mm, geometry.fov_mm, strict=True))
+        if min(covered) < COVERS:
+            on_event(Note(text=f"mask {entry.file} covers {_mm(stored.geometry.fov_mm)} of {_mm(geometry.fov_mm)} mm: the rest is air",
+                          level="warning"))  # fmt: skip
+        about = {"database": self.index.name, "id": entry.file, "exact": mask.array is stored.array, "choices": len(self.first()),
+                 "size": list(stored.geometry.size), "spacing_mm": list(stored.geometry.spacing)}  # fmt: skip
+        return replace(mask, array=done.labels), {**about, "augmented": change}
+
+    def first(self) -> list[Entry]:
+        """Return the masks that samples are drawn from first."""
+        return self.exact or self.ranked[:POOL]
 
     def drawn(self, seed: int) -> list[Entry]:
-        """Return the masks in the order in which sample `seed` tries them: the best ones shuffled, then the rest as ranked."""
-        first, rest = (self.ranked, []) if self.exact else (self.ranked[:POOL], self.ranked[POOL:])
-        first = list(first)
+        """Return the masks in the order in which sample `seed` tries them: the first ones shuffled, then the rest as ranked."""
+        first = list(self.first())
         random.Random(seed).shuffle(first)
-        return [*first, *rest]
+        return [*first, *self.ranked[len(first) :]]
 
     def read(self, entry: Entry, *, on_event: OnEvent = ignore) -> Mask:
         """Read the voxels of an entry. Raises `UsageError` for a file that is missing or damaged."""
@@ -219,10 +231,9 @@ class Database:
         raise UsageError(f"the mask {entry.file} of {self.index.name} is not in {folder}",
                          hint="put the masks into a folder or archive all_masks* beside the index")  # fmt: skip
 
-    def about(self, entry: Entry) -> dict[str, Any]:
-        """Return what the record says of the mask that was used."""
-        return {"database": self.index.name, "id": entry.file, "exact": bool(self.exact), "choices": min(len(self.ranked), POOL)
-                if not self.exact else len(self.exact), "size": list(entry.size), "spacing_mm": list(entry.spacing)}  # fmt: skip
+
+def _mm(fov: Triple) -> str:
+    return "x".join(f"{value:.0f}" for value in fov)
 
 
 def _from_archive(archive: Path, file: str, on_event: OnEvent) -> Mask | None:

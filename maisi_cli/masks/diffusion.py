@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..anatomy import regions_of
+from ..anatomy import maisi, regions_of
 from ..catalog import ModelSpec
 from ..errors import CannotRun, Rejected, UsageError
 from ..events import Note, OnEvent, Stage, Step, ignore
@@ -21,7 +21,7 @@ from ..settings import GenerateSettings
 from ..volumes import Mask
 from . import sizes as anatomy_sizes
 from .fitting import fit
-from .sources import MASK_PARTS, SIZES, Made, Wanted, data_file, require_parts
+from .sources import MASK_PARTS, SIZES, Made, NoMask, Wanted, data_file, require_parts
 from .tumors import Best, aim_of
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Diffusion:
         for slot, size in self.sizes.items():
             anatomy_sizes.check_known(self.vectors, slot, size)
         self.aim = aim_of(settings, self.sizes)
+        if self.aim and maisi().name_of(self.aim.tumor) not in anatomy_sizes.SLOTS:
+            raise UsageError(f"the mask networks know no {maisi().name_of(self.aim.tumor)}", hint="use another --mask-source")
         also = anatomy_sizes.required(self.sizes) | ({self.aim.tumor} if self.aim else set())
         self.wanted = Wanted.of(settings, also, any_tumor=self.compat)  # the reference takes over its neighbour's
         self.present = anatomy_sizes.slots_of(self.wanted.organs)
@@ -69,7 +71,7 @@ class Diffusion:
     def __call__(self, settings: GenerateSettings, geometry: Geometry, seed: int, *, on_event: OnEvent = ignore) -> Made:
         """Make a mask on `geometry` that holds what was asked for; of a tumour of a given size, the best of a few.
 
-        Every try is told a size that the one before suggests. Raises `Rejected` when no mask can be used.
+        Every try is told a size that the one before suggests. Raises `NoMask` when no mask can be used.
         """
         best, problem, size = Best(aim=self.aim), "", None
         for number in range(TRIES):
@@ -86,8 +88,8 @@ class Diffusion:
                 break
             size = self._next_size(mask, sizes)
         if best.mask is None:
-            raise Rejected(f"none of {TRIES} masks could be used: the last one {problem}",
-                           hint="use a larger --fov, leave something out of --anatomy, or change --anatomy-size")  # fmt: skip
+            raise NoMask(f"none of {TRIES} masks could be used: the last one {problem}",
+                         hint="use a larger --fov, leave something out of --anatomy, or change --anatomy-size")  # fmt: skip
         if shortfall := best.shortfall():
             on_event(Note(text=shortfall, level="warning"))
         if not self.wanted.shows(regions_of(best.mask.ids())):

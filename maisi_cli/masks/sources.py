@@ -9,13 +9,17 @@ from typing import Any, Protocol
 
 from ..anatomy import BODY, maisi, region_index
 from ..catalog import ModelSpec
-from ..errors import CannotRun, UsageError
+from ..errors import CannotRun, Rejected, UsageError
 from ..events import OnEvent
 from ..geometry import Geometry
 from ..lesions import parse_request
 from ..plugins import plugins
 from ..settings import GenerateSettings
 from ..volumes import Mask
+
+
+class NoMask(Rejected):
+    """A source made no mask that holds what was asked for; another seed may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

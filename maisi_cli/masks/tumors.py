@@ -19,10 +19,11 @@ TOLERANCE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:
-    """The tumour that masks shall have: its label, and the request with its size when there is one."""
+    """The tumour that masks shall have: its label, the request with its size when there is one, and how that was typed."""
 
     tumor: int
     request: Request | None = None
+    text: str = ""
 
     def miss(self, lesion: Lesion) -> float:
         """Return how far a lesion is from what was asked for; one in another organ than asked for is 1 further away."""
@@ -33,7 +34,7 @@ class Aim:
 
     def reached(self, lesion: Lesion) -> bool:
         """Say whether a lesion is within the tolerance, in the organ that was asked for."""
-        return self.miss(lesion) <= TOLERANCE
+        return self.request.met(lesion, tolerance=TOLERANCE) if self.request else lesion.components > 0
 
 
 def aim_of(settings: GenerateSettings, sizes: Mapping[int, float] | None = None) -> Aim | None:
@@ -45,13 +46,13 @@ def aim_of(settings: GenerateSettings, sizes: Mapping[int, float] | None = None)
     ids = [maisi().id(name) for name in settings.anatomy]
     asked = {label.id for label in maisi().tumors() if label.id in ids}
     asked |= {maisi().id(SLOTS[slot]) for slot in TUMORS if (sizes or {}).get(slot, ABSENT) != ABSENT}
-    if request is not None and sizes and SLOTS.index(request.name) in sizes:
+    if request is not None and request.name in (SLOTS[slot] for slot in sizes or ()):
         raise UsageError(f"--tumor and --anatomy-size both give the size of the {request.name}", hint="leave one of them out")
     asked |= {request.tumor} if request else set()
     if len(asked) > 1:
         names = " and ".join(maisi().name_of(label) for label in sorted(asked))
         raise UsageError(f"{names} are asked for, and the networks know masks with one tumour", hint="ask for one of them")
-    return Aim(tumor=asked.pop(), request=request) if asked else None
+    return Aim(tumor=asked.pop(), request=request, text=settings.tumor or "") if asked else None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class Best:
         if self.aim is not None and self.lesion is not None:
             lesion, request = self.lesion, self.aim.request
             found["tumor"] = {
-                "requested": str(request) if request else maisi().name_of(self.aim.tumor), "id": lesion.tumor,
+                "requested": self.aim.text or maisi().name_of(self.aim.tumor), "name": maisi().name_of(self.aim.tumor), "id": lesion.tumor,
                 "volume_ml": round(lesion.volume_ml, 4), "diameter_mm": round(lesion.diameter_mm, 3), "components": lesion.components,
                 "host": maisi().name_of(lesion.host) if lesion.host is not None else None, "overlap": round(lesion.overlap, 4),
                 "miss": None if request is None or request.unit == "relative" else round(self.aim.miss(lesion), 4),
@@ -94,5 +95,5 @@ class Best:
         if self.aim is None or self.aim.request is None or self.lesion is None or self.aim.reached(self.lesion):
             return None
         host = maisi().name_of(self.lesion.host) if self.lesion.host is not None else "no organ"
-        return (f"{self.aim.request} was asked for, and the best of {self.tries} masks has {self.lesion.diameter_mm:.1f} mm, "
+        return (f"{self.aim.text} was asked for, and the best of {self.tries} masks has {self.lesion.diameter_mm:.1f} mm, "
                 f"{self.lesion.volume_ml:.2f} ml in {host}")  # fmt: skip
