@@ -175,8 +175,7 @@ def _move_piece(
     labels: Labels, piece: Bits, corner: tuple[int, ...], tumor: int, rng: np.random.Generator, spacing: Triple, max_tries: int
 ) -> tuple[int, bool]:
     move, host, mm = _MOVES.get(tumor, _OTHER), hosts(tumor), np.asarray(spacing)
-    extent = float(np.linalg.norm(np.array(piece.shape) * mm))
-    room = np.ceil((extent * (0.5 * move.scale + 0.25) + 1) / mm).astype(int)  # for the deformed piece, the farthest it reaches
+    room = _room(piece.shape, mm, move)
     reach = room + np.ceil(move.shift_mm / mm).astype(int)
     area = _around(corner, piece.shape, reach, labels.shape)
     view = labels[area]
@@ -202,6 +201,12 @@ def _move_piece(
             view[new] = tumor
             return count, True
     return max_tries, False
+
+
+def _room(shape: Sequence[int], mm: NDArray[np.float64], move: Move) -> NDArray[np.int_]:
+    """Return how many voxels a deformed piece can reach beyond its box on each side, whichever way it is turned."""
+    farthest = float(np.linalg.norm(np.array(shape) * mm)) * (0.5 * (1 + move.scale) + 0.2)
+    return np.ceil(farthest / mm - np.array(shape) / 2).astype(int) + 1
 
 
 def _deformed(piece: Bits, mm: NDArray[np.float64], move: Move, rng: np.random.Generator) -> Bits:

@@ -35,8 +35,12 @@ _MANY = (LIVER_TUMOR, BONE_LESION)
 
 def lesions_of(labels: Labels) -> tuple[int, ...]:
     """Return the lesions that a mask holds: tumours, cysts and the kidney mass."""
+    return tuple(_lesion_boxes(labels))
+
+
+def _lesion_boxes(labels: Labels) -> dict[int, Box]:
     found = ndimage.find_objects(labels)  # counts would take eight bytes a voxel
-    return tuple(value for value, box in enumerate(found, start=1) if box is not None and hosts(value))
+    return {value: box for value, box in enumerate(found, start=1) if box is not None and hosts(value)}
 
 
 def repair(labels: Labels, *, tumor: int | None = None, compat: bool = False) -> Labels:
@@ -69,9 +73,10 @@ def without_lesions(labels: Labels, *, keep: int | None = None, compat: bool = F
     if compat:
         return _reference_without(labels, keep)
     result = labels.copy()
-    for lesion in lesions_of(labels):
+    for lesion, box in _lesion_boxes(labels).items():
         if lesion != keep:
-            fill(result, result == lesion, hosts(lesion))
+            view = result[grown(box, labels.shape, 1)]
+            fill(view, view == lesion, hosts(lesion))
     return result
 
 

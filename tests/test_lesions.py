@@ -357,6 +357,17 @@ def test_a_tumour_that_cannot_move_stays_as_it_was(tumor):
     assert np.array_equal(stuck.labels, alone)
 
 
+@usual
+@given(st.sampled_from(TUMORS), SEEDS, SPACINGS)
+def test_a_bar_is_deformed_whole_whichever_way_it_is_turned(tumor, seed, spacing):
+    move, mm, bar = lesions._MOVES[tumor], np.array(spacing), np.ones((24, 6, 4), bool)
+    padded = np.pad(bar, [(n, n) for n in lesions._room(bar.shape, mm, move)])
+    made = lesions._deformed(padded, mm, move, np.random.default_rng(seed))
+    inner = made[1:-1, 1:-1, 1:-1]
+    assert inner.sum() == made.sum()  # nothing is cut off
+    assert (1 - move.scale) ** 3 * 0.7 < made.sum() / bar.sum() < (1 + move.scale) ** 3 * 1.3
+
+
 def test_each_kind_of_tumour_moves_and_none_appears():
     labels = ill(26)
     labels[40:50, 4:7, 30:36] = 36
