@@ -8,27 +8,22 @@ functions take and return uint8 labels of shape (X, Y, Z) with MAISI ids and lea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from .anatomy import BODY, TUMOR_GROUP, maisi
+from .anatomy import BODY, maisi
 from .envelope import dilate, erode, largest
 from .errors import UsageError
+from .tumors import BONE_LESION, COLON_TUMOR, LIVER_TUMOR, LUNG_TUMOR, PANCREATIC_TUMOR, hosts
 
 Labels = NDArray[np.uint8]
 Bits = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 
-LUNG_TUMOR, PANCREATIC_TUMOR, LIVER_TUMOR, COLON_TUMOR, BONE_LESION = 23, 24, 26, 27, 128
-KIDNEY_MASS = 129
-"""A channel of the mask decoder that the label list calls `dummy6`."""
-
 _LIVER, _SPLEEN, _VESSEL, _AIRWAY = 1, 3, 25, 132
-_KIDNEYS = (5, 14)
 _LOBES = (28, 29, 30, 31, 32)
 _BOWEL = (12, 13, 19, 62)
 _ONE_PIECE = (1, 4, 10, 12, 3, 28, 29, 30, 31, 32, 5, 14, 13, 6, 7, 8, 9)
@@ -38,27 +33,14 @@ _MANY = (LIVER_TUMOR, BONE_LESION)
 """Tumours that may lie in several places."""
 
 
-@cache
-def hosts(lesion: int) -> tuple[int, ...]:
-    """Return the labels of the organ that a tumour, cyst or kidney mass grows in, or () when it is none of these."""
-    vocabulary = maisi()
-    label = vocabulary.get(lesion)
-    if lesion == KIDNEY_MASS:
-        return _KIDNEYS
-    if label is None or label.group not in (TUMOR_GROUP, "cyst"):
-        return ()
-    if lesion == BONE_LESION:
-        return tuple(sorted(id for group in ("spine", "rib", "bone") for id in vocabulary.ids(group)))
-    host = vocabulary.get(label.host) if label.host is not None else None
-    if host is None:
-        return ()
-    return vocabulary.ids("lung") if host.group == "lung" else (host.id,)
-
-
 def lesions_of(labels: Labels) -> tuple[int, ...]:
     """Return the lesions that a mask holds: tumours, cysts and the kidney mass."""
+    return tuple(_lesion_boxes(labels))
+
+
+def _lesion_boxes(labels: Labels) -> dict[int, Box]:
     found = ndimage.find_objects(labels)  # counts would take eight bytes a voxel
-    return tuple(value for value, box in enumerate(found, start=1) if box is not None and hosts(value))
+    return {value: box for value, box in enumerate(found, start=1) if box is not None and hosts(value)}
 
 
 def repair(labels: Labels, *, tumor: int | None = None, compat: bool = False) -> Labels:
@@ -91,9 +73,10 @@ def without_lesions(labels: Labels, *, keep: int | None = None, compat: bool = F
     if compat:
         return _reference_without(labels, keep)
     result = labels.copy()
-    for lesion in lesions_of(labels):
+    for lesion, box in _lesion_boxes(labels).items():
         if lesion != keep:
-            fill(result, result == lesion, hosts(lesion))
+            view = result[grown(box, labels.shape, 1)]
+            fill(view, view == lesion, hosts(lesion))
     return result
 
 

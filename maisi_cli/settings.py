@@ -506,6 +506,7 @@ def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
     from . import catalog
     from .anatomy import maisi, remap_table
     from .plugins import plugins
+    from .tumors import parse_request
 
     registered = plugins()
     registered.registry("samplers").entry(str(origins["scheduler"].value))
@@ -516,6 +517,8 @@ def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
         registered.registry("mask_sources").entry(str(origins["mask_source"].value))
     for name in origins["anatomy"].value:
         maisi().id(name)
+    if origins["tumor"].value:
+        parse_request(str(origins["tumor"].value))
     shard = origins["shard"].value
     if shard is not None:
         parse_shard(str(shard))

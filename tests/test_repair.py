@@ -12,7 +12,8 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from maisi_cli.anatomy import BODY, maisi
 from maisi_cli.errors import UsageError
-from maisi_cli.repair import fill, hosts, lesions_of, repair, without_lesions
+from maisi_cli.repair import fill, lesions_of, repair, without_lesions
+from maisi_cli.tumors import hosts
 from maisi_cli.volumes import read_mask
 
 usual = profile(max_examples=12, deadline=None)
@@ -238,6 +239,13 @@ def test_filling_takes_the_nearest_of_several_hosts_and_body_where_none_touches(
     assert labels[0, 0, 0] == BODY
 
 
-def test_neither_repair_nor_lesions_load_torch():
-    code = "import maisi_cli.repair, maisi_cli.lesions, sys; sys.exit(bool({'torch', 'monai'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("code", "never"),
+    [
+        ("import maisi_cli.repair, maisi_cli.lesions", {"torch", "monai"}),
+        ("from maisi_cli.tumors import parse_request; parse_request('liver:15mm')", {"torch", "numpy", "scipy", "nibabel"}),
+    ],
+)
+def test_nothing_heavy_is_loaded_for_masks_and_less_for_a_request(code, never):
+    code = f"import sys; {code}; print(sorted({never!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"

@@ -14,10 +14,11 @@ from ..catalog import ModelSpec
 from ..errors import CannotRun, Rejected, UsageError
 from ..events import Note, OnEvent, Stage, Step, ignore
 from ..geometry import Geometry
-from ..lesions import RELATIVE_MAX, measure
+from ..lesions import measure
 from ..repair import repair
 from ..seeds import derive
 from ..settings import GenerateSettings
+from ..tumors import RELATIVE_MAX
 from ..volumes import Mask
 from . import sizes as anatomy_sizes
 from .fitting import fit

@@ -12,7 +12,6 @@ from ..catalog import ModelSpec
 from ..errors import CannotRun, Rejected, UsageError
 from ..events import OnEvent
 from ..geometry import Geometry
-from ..lesions import parse_request
 from ..plugins import plugins
 from ..settings import GenerateSettings
 from ..volumes import Mask
@@ -98,8 +97,6 @@ def open_source(
     `typed` are the settings that the user gave. Raises `UsageError` for those among them that the source does not
     honour, and whatever the source finds wrong.
     """
-    if settings.tumor:
-        parse_request(settings.tumor)  # what is not understood is told before what is not honoured
     target: Any = plugins().registry("mask_sources").get(name)
     honours: Collection[str] = getattr(target, "honours", frozenset())
     for key, flag in SPECIAL.items():

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..anatomy import maisi
 from ..errors import UsageError
-from ..lesions import Lesion, Request, measure, parse_request
+from ..lesions import measure
 from ..settings import GenerateSettings
+from ..tumors import Lesion, Request, parse_request
 from ..volumes import Mask
 from .sizes import ABSENT, SLOTS, TUMORS
 
