@@ -246,7 +246,7 @@ class _Run:
 
     def _own_mask(self) -> Mask | None:
         """Read the user's mask once, before anything else is done."""
-        return masks.own(self.settings, on_event=self.tell) if self.source == "file" else None
+        return masks.own(self.settings, spec=self.spec, on_event=self.tell) if self.source == "file" else None
 
     def _denoise(self, nets: networks.Networks, grid: Geometry, fitted: masks.Conditioned | None, seed: int) -> torch.Tensor:
         settings, spec = self.settings, self.spec

@@ -11,16 +11,17 @@ import torch
 from maisi_cli.anatomy import maisi
 from maisi_cli.catalog import model
 from maisi_cli.decoding import decode, reference_decoder, to_hu
+from maisi_cli.events import Event, Note
 from maisi_cli.geometry import Geometry
-from maisi_cli.masks import database, denoising, fitting, renumbered, sizes
-from maisi_cli.networks import Condition
+from maisi_cli.masks import database, denoising, fitting, own, renumbered, sizes
+from maisi_cli.networks import Condition, Networks
 from maisi_cli.repair import repair
 from maisi_cli.sampling import euler, flow_schedule
 from maisi_cli.settings import GenerateSettings
 from maisi_cli.volumes import Mask, read_mask
 from torch import Tensor
 
-from .golden import Golden, Shared, case, networks, worst
+from .golden import CPU, FP32, Golden, Shared, case, networks, spec, worst
 
 PAIRED = [
     ("p20_paired_rflow_db_exact", "controlnet_label_0", "image_0"),
@@ -156,14 +157,41 @@ def test_a_mask_of_the_user_s_is_resampled_as_the_reference_does(shared: Shared)
     assert histogram == {float(label): count for label, count in golden.meta["scalars"]["odd_histogram"].items()}
 
 
+def test_in_compatibility_a_mask_of_the_user_s_is_resampled_and_that_is_said(shared: Shared) -> None:
+    said: list[Event] = []
+    path = str(shared("golden/datasets/user_mask_odd.nii.gz"))
+    mask = own(GenerateSettings(mask=path, compat="reference"), spec=model("rflow-ct"), on_event=said.append)
+    assert mask.geometry.size == (256, 256, 128)
+    assert any(isinstance(note, Note) and "resampled from 100x90x60" in note.text for note in said)
+    assert own(GenerateSettings(mask=path), spec=model("rflow-ct")).geometry.size == (100, 90, 60)
+
+
 def test_the_grid_for_a_mask_of_the_user_s_is_the_reference_s(shared: Shared) -> None:
     targets = case(shared, "u30_validate_user_mask").meta["scalars"]["targets"]
     assert len(targets) == 7
-    spec = model("rflow-ct")
     for text, wanted in targets.items():
         size, spacing = ast.literal_eval(text)
         geometry = Geometry(size=size, spacing=spacing)
-        found = fitting.suggested(geometry, spec)
+        found = fitting.suggested(geometry, model("rflow-ct"))
         assert (found == geometry) is wanted["valid"], text
         assert found.size == tuple(wanted["suggest"][0])
         assert np.allclose(found.spacing, wanted["suggest"][1])
+
+
+# --- what the reference rounds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("half", "told"), [(True, 66.625), (False, 200 / 3)])
+def test_the_spacing_of_a_mask_is_rounded_as_the_reference_does(shared: Shared, half: bool, told: float) -> None:
+    """For masks of the user's and generated ones: to float16, then times 100 in float16 (reference.md 2.3)."""
+    seen: list[Tensor] = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, x: Tensor, timesteps: Tensor, spacing_tensor: Tensor, **_: Tensor) -> Tensor:
+            seen.append(spacing_tensor)
+            return x
+
+    nets = Networks(spec=spec(shared, "rflow"), parts={"unet": Recorder()}, scale_factor=1.0, device=CPU, precision=FP32)
+    condition = Condition(spacing_mm=(2 / 3, 1.5, 2.0), compat_half_spacing=half)
+    nets.denoiser(condition)(torch.zeros(1, 4, 4, 4, 4), torch.tensor(500.0))
+    assert seen[0].tolist() == [pytest.approx([told, 150, 200], abs=0 if half else 1e-4)]

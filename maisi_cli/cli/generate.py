@@ -134,7 +134,7 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
     if chosen.mask is not None:
         from .. import masks
 
-        geometry = masks.own(chosen).geometry
+        geometry = masks.own(chosen, spec=catalog.model(chosen.model)).geometry
     plan = planning.plan(resolved, geometry=geometry)
     problem: CannotRun | None = None
     try:

@@ -18,6 +18,7 @@ from ..events import Note, OnEvent, ignore
 from ..geometry import Geometry
 from ..settings import GenerateSettings
 from ..volumes import Mask, pad, read_mask
+from .fitting import fit, suggested
 from .sources import Made, NoMask, Source, choose, open_source
 
 __all__ = ["Conditioned", "Made", "NoMask", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
@@ -49,13 +50,22 @@ def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, 
     return load_mask(Path(settings.mask), labels=settings.labels, allow_missing_body=settings.allow_missing_body, on_event=on_event)
 
 
-def own(settings: GenerateSettings, *, on_event: OnEvent = ignore) -> Mask:
-    """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`."""
+def own(settings: GenerateSettings, *, spec: ModelSpec | None = None, on_event: OnEvent = ignore) -> Mask:
+    """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`.
+
+    In compatibility a mask on a grid that the model `spec` does not take is resampled to one that it takes, which is said.
+    """
     mask = from_file(settings, None, 0, on_event=on_event)
     present = mask.ids()
     missing = [name for name in settings.anatomy if maisi().id(name) not in present]
     if missing:
         raise UsageError(f"{settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
+    if settings.compat == "reference" and spec is not None and spec.limits.size_xy:
+        target = suggested(mask.geometry, spec)
+        if target != mask.geometry:
+            text = f"{settings.mask} is resampled from {mask.geometry} to {target}, as the reference does"
+            on_event(Note(text=text, level="warning"))
+            return fit(mask, target, compat=True)
     return mask
 
 
