@@ -396,6 +396,17 @@ def test_auto_takes_what_is_installed_and_says_so(released, values, masks, netwo
     assert reason.replace("its mask database", "the mask database of rflow-ct") in why
 
 
+def test_an_index_without_its_masks_is_no_database(released) -> None:
+    """They are fetched apart, being larger than all networks together."""
+    spec = released(masks=True)
+    archive = next(spec.weight_path(weight) for weight in spec.weights if weight.path.endswith(".zip"))
+    archive.unlink()
+    assert choose(GenerateSettings(), spec)[0] == "phantom"
+    with pytest.raises(CannotRun, match=r"not installed: .*all_masks\*\.zip is missing") as caught:
+        open_source("database", chosen(), spec)
+    assert "maisi models pull rflow-ct --mask-database" in str(caught.value.hint)
+
+
 def test_nano_takes_the_phantom_without_a_word() -> None:
     assert choose(GenerateSettings(), NANO) == ("phantom", "")
 

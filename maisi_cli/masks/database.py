@@ -28,7 +28,7 @@ from ..seeds import derive
 from ..settings import GenerateSettings
 from ..volumes import Mask, read_mask
 from .fitting import SAME_SPACING, fit, same_spacing
-from .sources import INDEX, Made, Wanted, data_file
+from .sources import INDEX, Made, Wanted, data_file, database_installed
 from .tumors import Best, aim_of
 
 POOL = 20  # of the masks closest to the volume, those that samples are drawn from first
@@ -270,7 +270,8 @@ def index_of(settings: GenerateSettings, spec: ModelSpec) -> Path:
     path = data_file(spec, INDEX)  # type: ignore[assignment]
     if path is None:
         raise UsageError(f"model {spec.name} comes without a mask database", hint="give one with --mask-database INDEX.json")
-    if not path.is_file():
-        raise CannotRun(f"the mask database of {spec.name} is not installed: {path} is missing",
-                        hint=f"maisi models pull {spec.name}, or --mask-database INDEX.json")  # fmt: skip
+    missing = path if not path.is_file() else None if database_installed(spec) else path.parent / "all_masks*.zip"
+    if missing is not None:
+        raise CannotRun(f"the mask database of {spec.name} is not installed: {missing} is missing",
+                        hint=f"maisi models pull {spec.name} --mask-database, or your own: --mask-database INDEX.json")  # fmt: skip
     return path

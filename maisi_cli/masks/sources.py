@@ -134,7 +134,7 @@ def choose(settings: GenerateSettings, spec: ModelSpec | None = None) -> tuple[s
     if generated:
         return "diffusion", f"masks come from the mask diffusion: the mask database of {spec.name} is not installed"
     return "phantom", (f"masks are procedural phantoms: {spec.name} has neither its mask database nor its mask networks installed "
-                       f"(maisi models pull {spec.name})")  # fmt: skip
+                       f"(maisi models pull {spec.name} --mask-database)")  # fmt: skip
 
 
 def has_masks(spec: ModelSpec) -> bool:
