@@ -175,7 +175,7 @@ def _move_piece(
     labels: Labels, piece: Bits, corner: tuple[int, ...], tumor: int, rng: np.random.Generator, spacing: Triple, max_tries: int
 ) -> tuple[int, bool]:
     move, host, mm = _MOVES.get(tumor, _OTHER), hosts(tumor), np.asarray(spacing)
-    room = _room(piece.shape, mm, move)
+    room = _room(piece, mm, move)
     reach = room + np.ceil(move.shift_mm / mm).astype(int)
     area = _around(corner, piece.shape, reach, labels.shape)
     view = labels[area]
@@ -203,30 +203,42 @@ def _move_piece(
     return max_tries, False
 
 
-def _room(shape: Sequence[int], mm: NDArray[np.float64], move: Move) -> NDArray[np.int_]:
+def _room(piece: Bits, mm: NDArray[np.float64], move: Move) -> NDArray[np.int_]:
     """Return how many voxels a deformed piece can reach beyond its box on each side, whichever way it is turned."""
-    farthest = float(np.linalg.norm(np.array(shape) * mm)) * (0.5 * (1 + move.scale) + 0.2)
-    return np.ceil(farthest / mm - np.array(shape) / 2).astype(int) + 1
+    voxels = np.argwhere(piece)
+    away = np.abs((voxels - voxels.mean(axis=0)) * mm)
+    farthest = float(np.linalg.norm(away, axis=1).max()) * (1 + move.scale) + 2.5 * _BEND[1] * _size(piece, mm)
+    return np.maximum(np.ceil((farthest - away.max(axis=0)) / mm).astype(int), 0) + 2
+
+
+def _size(piece: Bits, mm: NDArray[np.float64]) -> float:
+    """Return the diameter in mm of a ball as large as the piece."""
+    return _diameter(float(np.count_nonzero(piece) * mm.prod() / 1000))
 
 
 def _deformed(piece: Bits, mm: NDArray[np.float64], move: Move, rng: np.random.Generator) -> Bits:
     """Return the piece turned, scaled and bent about its centre, by the inverse map to the nearest voxel."""
-    centre = np.argwhere(piece).mean(axis=0)
-    diameter = _diameter(float(np.count_nonzero(piece) * mm.prod() / 1000))
-    bend = rng.standard_normal((3, *piece.shape), dtype=np.float32)
-    for part in bend:
-        ndimage.gaussian_filter(part, _BEND_LENGTH * diameter / mm, output=part, mode="nearest", truncate=2)
-    bend *= rng.uniform(*_BEND) * diameter / max(float(np.sqrt(np.mean(bend**2))), 1e-6)
+    centre, diameter = np.argwhere(piece).mean(axis=0), _size(piece, mm)
+    bend = [_smooth_noise(piece.shape, _BEND_LENGTH * diameter / mm, rng) * np.float32(diameter * rng.uniform(*_BEND)) for _ in range(3)]
     turn = _rotation(rng.uniform(-1, 1, 3) * move.turn)
-    inverse = turn.T / (1 + rng.uniform(-move.scale, move.scale, 3))[:, None]
-    at = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in piece.shape), indexing="ij"))
-    from_centre = (at - centre[:, None, None, None]) * mm[:, None, None, None] + bend
-    source = np.tensordot(inverse, from_centre, axes=1) / mm[:, None, None, None] + centre[:, None, None, None]
-    index = np.rint(source).astype(np.intp)
-    within = np.logical_and.reduce([(index[axis] >= 0) & (index[axis] < n) for axis, n in enumerate(piece.shape)])
-    for axis, n in enumerate(piece.shape):
-        index[axis].clip(0, n - 1, out=index[axis])
+    inverse = (turn.T / (1 + rng.uniform(-move.scale, move.scale, 3))[:, None] / mm[:, None]).astype(np.float32)
+    at = [(np.arange(n) - middle) * size for n, middle, size in zip(piece.shape, centre, mm, strict=True)]
+    moved = [line.astype(np.float32).reshape(np.roll((-1, 1, 1), axis)) + bend[axis] for axis, line in enumerate(at)]
+    within, index = np.ones(piece.shape, dtype=bool), []
+    for row, middle, n in zip(inverse, centre, piece.shape, strict=True):
+        source = np.rint(row[0] * moved[0] + row[1] * moved[1] + row[2] * moved[2] + np.float32(middle)).astype(np.int32)
+        within &= (source >= 0) & (source < n)
+        index.append(source.clip(0, n - 1))
     return piece[tuple(index)] & within
+
+
+def _smooth_noise(shape: tuple[int, ...], sigma: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return Gaussian noise, `sigma` voxels smooth, of variance 1 and within ±2.5; made on a coarse grid and interpolated."""
+    step = np.maximum(1, sigma // 3)
+    noise = rng.standard_normal([int(n // s) + 2 for n, s in zip(shape, step, strict=True)], dtype=np.float32)
+    noise = ndimage.gaussian_filter(noise, sigma / step, mode="nearest", truncate=2)
+    noise = (noise / max(float(np.sqrt(np.mean(noise**2))), 1e-6)).clip(-2.5, 2.5)
+    return np.asarray(ndimage.affine_transform(noise, 1 / step, output_shape=shape, order=1, mode="nearest"))
 
 
 def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -316,8 +328,7 @@ def _blob(shape: tuple[int, ...], centre: NDArray[Any], mm: NDArray[np.float64],
     turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
     at = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
     far = np.linalg.norm(((at - centre) * mm) @ turn / (axes * radius), axis=-1)
-    bumps = ndimage.gaussian_filter(rng.standard_normal(shape), 0.5 * radius / mm, mode="nearest", truncate=2)
-    return far * (1 + 0.1 * bumps / max(float(np.sqrt(np.mean(bumps**2))), 1e-6))
+    return far * (1 + 0.1 * _smooth_noise(shape, 0.5 * radius / mm, rng))
 
 
 # --- as the reference moves them ------------------------------------------------------------------------------

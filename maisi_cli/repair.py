@@ -87,12 +87,15 @@ def fill(labels: Labels, where: Bits, host: Sequence[int]) -> None:
         return
     inside, view = where[box], labels[box]
     of_host = among(view, host) & ~inside
-    near = np.argwhere(of_host & dilate(inside, 3))
+    near = of_host & dilate(inside, 3)
     filled = pieces_at(inside, of_host)
     view[inside & ~filled] = BODY
-    if filled.any():
-        _, nearest = KDTree(near).query(np.argwhere(filled))
-        view[filled] = view[tuple(near.T)][nearest]
+    values = view[near]
+    if filled.any() and (values == values[0]).all():
+        view[filled] = values[0]
+    elif filled.any():
+        _, nearest = KDTree(np.argwhere(near)).query(np.argwhere(filled))
+        view[filled] = values[nearest]
 
 
 def pieces_at(bits: Bits, host: Bits) -> Bits:

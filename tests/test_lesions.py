@@ -361,7 +361,7 @@ def test_a_tumour_that_cannot_move_stays_as_it_was(tumor):
 @given(st.sampled_from(TUMORS), SEEDS, SPACINGS)
 def test_a_bar_is_deformed_whole_whichever_way_it_is_turned(tumor, seed, spacing):
     move, mm, bar = lesions._MOVES[tumor], np.array(spacing), np.ones((24, 6, 4), bool)
-    padded = np.pad(bar, [(n, n) for n in lesions._room(bar.shape, mm, move)])
+    padded = np.pad(bar, [(n, n) for n in lesions._room(bar, mm, move)])
     made = lesions._deformed(padded, mm, move, np.random.default_rng(seed))
     inner = made[1:-1, 1:-1, 1:-1]
     assert inner.sum() == made.sum()  # nothing is cut off
