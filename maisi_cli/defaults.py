@@ -53,8 +53,10 @@ def register_samplers(register: Register) -> None:
 
 @hookimpl
 def register_mask_sources(register: Register) -> None:
-    """Register the sources of masks that need no download."""
+    """Register the sources of masks."""
     register("file", "maisi_cli.masks:from_file", summary="a label map of one's own (--mask)")
+    register("database", "maisi_cli.masks.database:Database", summary="masks of patients, from a database on disk")
+    register("diffusion", "maisi_cli.masks.diffusion:Diffusion", summary="bodies of chosen organ sizes, from the mask networks")
     register("phantom", "maisi_cli.masks:phantom", summary="a procedural body, another one for every seed")
 
 

@@ -50,7 +50,10 @@ def register_samplers(register: Register) -> None:
 def register_mask_sources(register: Register) -> None:
     """Add sources of masks: `register("phantom", "maisi_cli.masks:phantom")`.
 
-    The target is a function `source(settings, geometry, seed) -> Mask`, chosen with `--mask-source`.
+    The target is a function `source(settings, geometry, seed, *, on_event) -> Mask`, chosen with `--mask-source`; or a
+    class, made once a run as `Target(settings, model, device=..., dtype=...)`, whose instances are such functions. What
+    they return may be `maisi_cli.masks.Made`, a mask with what the record shall say about it. The attribute `honours`
+    names those of `anatomy_size`, `tumor`, `mask_steps` and `mask_database` that the source takes.
     """
 
 

@@ -143,7 +143,8 @@ class Condition:
 
     `spacing_mm` of the volume; `modality` id (class embedding); `top_region`, `bottom_region` indices for networks that
     take them; `labels` (1, 1, X, Y, Z) uint8 for the ControlNet, `labels_without_tumor` for tumour guidance. A guidance
-    scale of 0 skips the unconditional branch.
+    scale of 0 skips the unconditional branch. `compat_half_spacing`: the spacing is rounded to float16 before it is scaled,
+    and after, as the reference does for masks of the user's and generated ones.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -155,6 +156,7 @@ class Condition:
     cfg_modality: float = 0.0
     cfg_tumor: float = 0.0
     compat: bool = False
+    compat_half_spacing: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,6 +208,9 @@ class Networks:
             if condition.compat and labels is None:  # the reference's image-only path rounds it to float16
                 exact = torch.tensor([condition.spacing_mm], dtype=torch.float64) * 100
                 extra["spacing_tensor"] = exact.to(torch.float16).to(device=device, dtype=torch.float32)
+            if condition.compat_half_spacing:
+                halved = torch.tensor([condition.spacing_mm], dtype=torch.float32).to(torch.float16) * 100
+                extra["spacing_tensor"] = halved.to(device=device, dtype=torch.float32)
         for side in ("top", "bottom"):
             if arguments.get(f"include_{side}_region_index_input"):
                 index = condition.top_region if side == "top" else condition.bottom_region
@@ -221,7 +226,9 @@ class Networks:
             if controlnet is None:
                 raise UsageError(f"model {self.spec.name} has no ControlNet", hint="use --mode image")
             with torch.inference_mode(), self.precision(device):
-                context = controlnet.controlnet_cond_embedding(binarise(labels.to(device)))  # type: ignore[operator]
+                bits = binarise(labels.to(device), dtype=self.precision.compute or torch.float32)
+                context = controlnet.controlnet_cond_embedding(bits)  # type: ignore[operator]
+                del bits
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             time = t.to(device=device, dtype=torch.float32).reshape(1).expand(x.shape[0])
@@ -269,7 +276,7 @@ def load(
 
     modules: dict[str, nn.Module] = {}
     hashes: dict[str, str] = {}
-    scale = model.scale_factor
+    scale = None if "mask_unet" in parts else model.scale_factor  # the mask's latent has a scale of its own
     layouts = {weight.part: weight.layout for weight in model.weights}
     for part in parts:
         if part not in model.networks:
@@ -278,7 +285,7 @@ def load(
         state = load_state(files[part], layouts.get(part, "safetensors"))
         _fill(network, state.tensors, files[part])
         hashes[part] = state.sha256
-        if part == "unet" and state.scale_factor is not None:
+        if part in ("unet", "mask_unet") and state.scale_factor is not None:
             scale = state.scale_factor
         network.requires_grad_(False)
         modules[part] = network.to(device).eval()

@@ -24,6 +24,7 @@ ENVIRONMENT_PREFIX = "MAISI_"
 _OTHER_VARIABLES = {"MAISI_HOME", "MAISI_DEBUG", "MAISI_LOAD_PLUGINS", "MAISI_TRACE_PLUGINS", "MAISI_CONFIG", "MAISI_OFFLINE"}
 PROJECT_FILE = "maisi.toml"
 MANIFEST_ROW = "manifest row "
+LARGEST_SIZE = 20  # of an anatomy size; the released mask networks saw up to 16.5
 LONGEST_NAME = 200  # bytes; file systems take 255, and _image.nii.gz and a temporary ending are added
 
 
@@ -46,8 +47,13 @@ class GenerateSettings:
     mask: str | None = None
     labels: str = "maisi"
     mask_source: str = "auto"
+    mask_database: str | None = None
+    anatomy_size: tuple[str, ...] = ()
+    tumor: str | None = None
     modality: str = "ct"
     cfg_modality: float = 0.0
+    cfg_tumor: float = 0.0
+    mask_steps: int = 1000
     scheduler: str = "rflow"
     steps: int = 30
     count: int = 1
@@ -105,6 +111,14 @@ class Resolved:
     notes: tuple[str, ...] = field(default=())
     index: int | None = None
 
+    def typed(self) -> frozenset[str]:
+        """Return the settings that were given for this very run: by flag, `--set` or a manifest's row."""
+        return frozenset(key for key, setting in self.origins.items() if _is_typed(setting))
+
+
+def _is_typed(setting: Setting) -> bool:
+    return setting.origin in ("command line", "--set") or setting.origin.startswith(MANIFEST_ROW)
+
 
 def _words(value: Any) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
@@ -117,6 +131,21 @@ def _regions(value: Any) -> tuple[str, ...]:
     from .anatomy import REGIONS, region_index
 
     return tuple(dict.fromkeys(REGIONS[region_index(name)] for name in _words(value)))
+
+
+def _sizes(value: Any) -> tuple[str, ...]:
+    """Return sizes as `liver=0.5`, one a name; -1 says that the organ is absent."""
+    found = []
+    for text in [f"{name}={size}" for name, size in value.items()] if isinstance(value, Mapping) else _words(value):
+        name, equals, number = (part.strip() for part in text.partition("="))
+        try:
+            size = float(number)
+        except ValueError:
+            size = float("nan")
+        if not name or not equals or not (size == -1 or 0 <= size <= LARGEST_SIZE):
+            raise ValueError(f"write it like liver=0.5,pancreas=0.3: sizes from 0 to {LARGEST_SIZE}, or -1 for an absent organ")
+        found.append(f"{name}={size:.10g}")
+    return tuple(found)
 
 
 def _text(value: Any) -> str:
@@ -201,6 +230,7 @@ def _formats(value: Any) -> tuple[str, ...]:
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "mode": _one_of("paired", "image", "mask"), "size": parse_size, "spacing": parse_mm,
     "fov": lambda value: parse_mm(value, "fov"), "regions": _regions, "anatomy": _words, "cfg_modality": _number(0),
+    "cfg_tumor": _number(0), "anatomy_size": _sizes, "mask_steps": _whole(1, 1000),
     "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _formats, "preview": _truth,
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
     "window": _window, "overlap": _number(0, 1), "device": _device, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
@@ -491,6 +521,7 @@ def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
     from . import catalog
     from .anatomy import maisi, remap_table
     from .plugins import plugins
+    from .tumors import parse_request
 
     registered = plugins()
     registered.registry("samplers").entry(str(origins["scheduler"].value))
@@ -501,6 +532,8 @@ def _check_names(origins: Mapping[str, Setting], spec: Any) -> None:
         registered.registry("mask_sources").entry(str(origins["mask_source"].value))
     for name in origins["anatomy"].value:
         maisi().id(name)
+    if origins["tumor"].value:
+        parse_request(str(origins["tumor"].value))
     shard = origins["shard"].value
     if shard is not None:
         parse_shard(str(shard))
@@ -520,7 +553,7 @@ def _check_together(origins: dict[str, Setting]) -> None:
     """Refuse values that would go unused or contradict one another; a window that is typed asks for the window decoder."""
 
     def typed(key: str) -> bool:
-        return origins[key].origin in ("command line", "--set") or origins[key].origin.startswith(MANIFEST_ROW)
+        return _is_typed(origins[key])
 
     def value(key: str) -> Any:
         return origins[key].value
@@ -549,6 +582,18 @@ def _check_together(origins: dict[str, Setting]) -> None:
         )
     if value("mode") == "image" and typed("anatomy") and value("anatomy"):
         raise UsageError("--mode image makes no mask that could hold --anatomy", hint="use --mode paired, or leave --anatomy out")
+    for key, flag in (("anatomy_size", "--anatomy-size"), ("tumor", "--tumor"), ("mask_database", "--mask-database")):
+        if value(key) and value("mode") == "image":
+            raise UsageError(f"--mode image makes no mask, and {flag} speaks of one", hint=f"use --mode paired, or leave {flag} out")
+        if value(key) and value("mask") is not None:
+            raise UsageError(f"{flag} and --mask exclude each other: the mask is what it is", hint=f"leave {flag} out")
+    if value("mode") == "image" and typed("mask_steps"):
+        raise UsageError("--mode image makes no mask, and --mask-steps speaks of one", hint="use --mode paired, or leave --mask-steps out")
+    if value("cfg_tumor") and value("cfg_modality"):
+        raise UsageError("--cfg-tumor and --cfg-modality exclude each other", hint="set one of them to 0")
+    if value("cfg_tumor") and typed("cfg_tumor") and value("mode") != "paired":
+        raise UsageError(f"--cfg-tumor compares two masks, and --mode {value('mode')} makes no image for one",
+                         hint="use --mode paired, or leave --cfg-tumor out")  # fmt: skip
     own = ("command line", "--set", "environment", PROJECT_FILE, "user config")
     overlap = typed("overlap") or (origins["overlap"].origin in own and value("window") is not None)
     if value("decoder") == "auto" and (origins["window"].origin in own or overlap):

@@ -30,6 +30,7 @@ from .geometry import Geometry
 from .manifest import resolve_all
 from .plugins import plugins
 from .preview import preview
+from .repair import without_lesions
 from .seeds import derive, fresh
 from .settings import Resolved, Setting, parse_shard, require_weights, sample_id
 from .volumes import AIR_HU, Mask, Sample, Volume, crop
@@ -58,6 +59,7 @@ class _Try:
     seed: int
     image: Volume | None
     mask: Mask | None
+    about: Mapping[str, Any]
     verdict: Verdict | None
     latent: torch.Tensor | None
     seconds: Mapping[str, float]
@@ -139,7 +141,7 @@ class _Batch:
             jobs = [dataclasses.replace(job, row=row) for job in run.jobs()]
             if jobs:
                 run.require()
-                for note in run.notes():
+                for note in (*run.notes(), *run.idle()):
                     if note not in self._told:
                         self._told.add(note)
                         self.tell(Note(text=note))
@@ -165,10 +167,15 @@ class _Run:
         self.spec: ModelSpec = find_model(self.settings.model)
         self.out = Path(self.settings.out)
         self.parts = self.spec.parts_for(self.settings.mode)
-        self.source = masks.source_name(self.settings) if self.settings.mode != "image" else None
+        self.source: str | None = None
+        self.reason = ""
+        if self.settings.mode != "image":
+            self.source, self.reason = masks.choose(self.settings, self.spec)
         self.own_mask = self._own_mask()
         self.plan = planning.plan(resolved, geometry=self.own_mask.geometry if self.own_mask else None)
-        self.device = str(self.plan.choice("device")) if self.parts else "cpu"
+        self.masks = self._open_source()
+        self.mask_parts: tuple[str, ...] = getattr(self.masks, "parts", ())
+        self.device = str(self.plan.choice("device")) if self.parts or self.mask_parts else "cpu"
         self.files: dict[str, Path] = {}
         self.hashes: Mapping[str, str] = {}
 
@@ -177,15 +184,26 @@ class _Run:
         self._require_sampler()
         require_folder(self.out)
         require_weights(self.spec, self.settings.mode)
-        self.files = weights.locate(self.spec, self.parts)
-        if self.parts:
+        self.files = weights.locate(self.spec, (*self.parts, *self.mask_parts))
+        if self.parts or self.mask_parts:
             planning.require_fit(self.plan)
             self.device = str(networks.device_named(self.device))
 
     def notes(self) -> list[str]:
         """Return the choices that were made for the user."""
-        idle = not self.parts and self.plan.choice("device") != "cpu"
-        return [*self.resolved.notes, *self.plan.warnings, *["mode mask runs no network: it uses the processor, not the GPU"] * idle]
+        return [*self.resolved.notes, *([self.reason] if self.reason else []), *self.plan.warnings]
+
+    def idle(self) -> list[str]:
+        """Say that a GPU has nothing to do, where there is one and no network runs."""
+        unused = not self.parts and not self.mask_parts and self.plan.choice("device") != "cpu"
+        return ["mode mask runs no network: it uses the processor, not the GPU"] * unused
+
+    def _open_source(self) -> masks.Source | None:
+        """Open the source of masks: what it cannot do is refused here."""
+        if self.source is None:
+            return None
+        device, dtype = str(self.plan.choice("device")), str(self.plan.choice("dtype"))
+        return masks.open_source(self.source, self.settings, self.spec, device=device, dtype=dtype, typed=self.resolved.typed())
 
     def _require_sampler(self) -> None:
         """Refuse a sampler of another family than the one that the networks were trained for: it would make noise."""
@@ -223,11 +241,17 @@ class _Run:
         tries = settings.retries + 1 if settings.on_qc_fail == "retry" else 1
         made: _Try | None = None
         for attempt in range(tries):
-            made = self._attempt(job, attempt)
+            last = attempt + 1 == tries
+            try:
+                made = self._attempt(job, attempt)
+            except masks.NoMask as error:
+                if last and settings.count == 1:
+                    raise
+                self.tell(Note(text=f"{job.id}: {error.message}" + ("" if last else "; trying again"), level="warning"))
+                continue
             if made.verdict is None or made.verdict.passed or settings.on_qc_fail == "keep":
                 return self._save(job, made)
             failed = "; ".join(finding.text for finding in made.verdict.failures())
-            last = attempt + 1 == tries
             self.tell(Note(text=f"{job.id} failed the check: {failed}" + ("" if last else "; trying again"), level="warning"))
         if settings.keep_latent:
             (self.out / f"{job.id}_latent.npy").unlink(missing_ok=True)
@@ -239,9 +263,10 @@ class _Run:
         settings, clock = self.settings, _Clock()
         seed = derive(job.seed, job.index, attempt)
         with clock("mask"):
-            mask = self._mask(job, attempt)
+            made = self._mask(job, attempt)
+        mask, about = (made.mask, made.about) if made else (None, {})
         if settings.mode == "mask":
-            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, verdict=None, latent=None, seconds=clock.seconds)
+            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, about=about, verdict=None, latent=None, seconds=clock.seconds)
         grid = mask.geometry if mask is not None else settings.geometry()
         fitted = masks.conditioned(mask, self.spec) if mask is not None else None
         inner = fitted.padded.geometry if fitted else grid
@@ -261,21 +286,21 @@ class _Run:
             if mask is not None:
                 image = dataclasses.replace(image, array=_clear_outside(image, mask))
         verdict = quality.check(image, mask, required=settings.anatomy, compat=settings.compat == "reference")
-        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, verdict=verdict, latent=latent, seconds=clock.seconds)
+        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, about=about, verdict=verdict, latent=latent, seconds=clock.seconds)
 
-    def _mask(self, job: Job, attempt: int) -> Mask | None:
-        if self.source is None:
+    def _mask(self, job: Job, attempt: int) -> masks.Made | None:
+        if self.masks is None:
             return None
         if self.own_mask is not None:
-            return self.own_mask
-        self.tell(Stage(name="mask", detail=self.source, sample=job.index))
-        source = plugins().registry("mask_sources").get(self.source)
-        made: Mask = source(self.settings, self.settings.geometry(), derive(job.seed, job.index, attempt, "mask"), on_event=self.tell)
-        return made
+            return masks.Made(mask=self.own_mask)
+        self.tell(Stage(name="mask", detail=str(self.source), sample=job.index))
+        seed = derive(job.seed, job.index, attempt, "mask")
+        made = self.masks(self.settings, self.settings.geometry(), seed, on_event=self.tell)
+        return made if isinstance(made, masks.Made) else masks.Made(mask=made)
 
     def _own_mask(self) -> Mask | None:
         """Read the user's mask once, before anything else is done."""
-        return masks.own(self.settings, on_event=self.tell) if self.source == "file" else None
+        return masks.own(self.settings, spec=self.spec, on_event=self.tell) if self.source == "file" else None
 
     def _denoise(self, nets: networks.Networks, grid: Geometry, fitted: masks.Conditioned | None, seed: int) -> torch.Tensor:
         settings, spec = self.settings, self.spec
@@ -292,10 +317,14 @@ class _Run:
             top_region=fitted.top_region if fitted and fitted.top_region is not None else regions[0],
             bottom_region=fitted.bottom_region if fitted and fitted.bottom_region is not None else regions[1],
             labels=torch.from_numpy(fitted.padded.array)[None, None] if fitted else None,
+            **self._tumor_guidance(fitted),
             cfg_modality=settings.cfg_modality,
             compat=compat,
+            compat_half_spacing=compat and self.source in ("file", "diffusion"),
         )
         noise = sampling.initial_noise((1, spec.latent_channels, *size), seed).to(nets.device)
+        if compat and fitted is not None:  # the reference's pipelines with a mask hold latents in float16
+            noise = noise.half().float()
         generator = torch.Generator().manual_seed(derive(seed, 0, 0, "steps"))
         self.tell(Stage(name="denoise", detail=f"{settings.scheduler}, {settings.steps} steps, {nets.device}, {nets.precision.name}"))
 
@@ -306,6 +335,17 @@ class _Run:
         if not bool(torch.isfinite(latent).all()):
             raise Rejected(f"the sampler {settings.scheduler} diverged: the latent is not finite", hint="use --dtype fp32, or more --steps")
         return latent
+
+    def _tumor_guidance(self, fitted: masks.Conditioned | None) -> dict[str, Any]:
+        """Return the scale of the tumour guidance and the mask without its tumour; nothing where the mask has none."""
+        if not self.settings.cfg_tumor or fitted is None:
+            return {}
+        labels = fitted.padded.array
+        without = without_lesions(labels, compat=self.settings.compat == "reference")
+        if np.array_equal(without, labels):
+            self.tell(Note(text="--cfg-tumor does nothing here: the mask has no tumour", level="warning"))
+            return {}
+        return {"cfg_tumor": self.settings.cfg_tumor, "labels_without_tumor": torch.from_numpy(without)[None, None]}
 
     def _load(self) -> networks.Networks:
         def load() -> networks.Networks:
@@ -346,7 +386,10 @@ class _Run:
 
     def _save(self, job: Job, made: _Try) -> Sample:
         settings, clock = self.settings, _Clock()
-        sample = Sample(index=job.index, seed=job.seed, id=job.id, image=made.image, mask=made.mask, verdict=made.verdict)
+        mask = made.mask
+        if mask is not None and settings.compat == "reference" and self.source != "file":
+            mask = masks.renumbered(mask, settings)
+        sample = Sample(index=job.index, seed=job.seed, id=job.id, image=made.image, mask=mask, verdict=made.verdict)
         self.tell(Stage(name="save", detail=str(self.out), sample=job.index))
         force = settings.force or settings.resume  # what is left of an unfinished sample is replaced
         with clock("save"):
@@ -372,10 +415,11 @@ class _Run:
     ) -> dict[str, Any]:
         spec, item = self.spec, made.image or made.mask
         assert item is not None
-        parts = [{"part": part, "file": self.files[part].name, "sha256": self.hashes.get(part)} for part in self.parts]
+        hashes = {**self.hashes, **getattr(self.masks, "hashes", {})}
+        parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in (*self.parts, *self.mask_parts)]
         mask: dict[str, Any] | None = None
         if made.mask is not None:
-            mask = {"source": self.source, "ids": list(made.mask.ids())}
+            mask = {"source": self.source, "ids": list(made.mask.ids()), **made.about}
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
         device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
@@ -387,7 +431,7 @@ class _Run:
             model={"name": spec.name, "licence": spec.licence.name, "commercial": spec.licence.commercial, "weights": parts},
             geometry=item.geometry, modality=self.settings.modality, mask=mask, verdict=made.verdict, outputs=paths,
             seconds={"mask": 0.0, "denoise": 0.0, "decode": 0.0, **seconds}, peak_gib=peak_gib(device["name"]), device=device,
-            notes=[*self.resolved.notes, *self.plan.warnings], plugins=added,
+            notes=self.notes(), plugins=added,
         )  # fmt: skip
 
 

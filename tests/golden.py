@@ -86,6 +86,23 @@ def spec(shared: Shared, family: str) -> ModelSpec:
     )  # fmt: skip
 
 
+def model_file(shared: Shared, family: str, folder: Path, *, limits: str = "", latent: tuple[int, int, int] = (16, 16, 16)) -> Path:
+    """Write a model `.toml` of the small networks, with the small mask database, to `folder`; return its path."""
+    small = spec(shared, family)
+    lines = ['schema = "maisi.model/1"', f'name = "{small.name}"', 'modes = ["paired", "image", "mask"]',
+             "[limits]", limits or "multiple = 16\nsize_min = 16\nsize_max = 64", "[scheduler]", f'name = "{family}"',
+             "[mask_scheduler]", 'name = "ddpm"', f"latent_size = {list(latent)}"]  # fmt: skip
+    for part, network in small.networks.items():
+        lines += [f"[networks.{part}]", f'kind = "{network.kind}"']
+        lines += [f"{key} = {json.dumps(value)}" for key, value in network.arguments.items()]
+    data = [(shared(f"golden/datasets/{name}.json"), "data", "data") for name in ("candidate_masks_small", "all_anatomy_size_conditions")]
+    for path, part, layout in [*data, *((small.weight_path(each), each.part, each.layout) for each in small.weights)]:
+        lines += ["[[weights]]", f'part = "{part}"', f"path = {json.dumps(str(path))}", f'layout = "{layout}"']
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "small.toml").write_text("\n".join(lines), "utf-8")
+    return folder / "small.toml"
+
+
 def networks(shared: Shared, family: str, *parts: str, precision: Precision = FP32, fast: bool = True) -> Networks:
     """Load parts of the small model from the checkpoints, on the CPU."""
     model = spec(shared, family)

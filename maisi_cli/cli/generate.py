@@ -35,11 +35,16 @@ def generate(
     anatomy: Annotated[str | None, _option("--anatomy", panel=_WHAT, metavar="A,B", text="Organs that the mask must contain.")] = None,
     mask: Annotated[Path | None, _option("--mask", panel=_WHAT, metavar="FILE", text="A label map of your own; the image is made on its grid.")] = None,
     labels: Annotated[str | None, _option("--labels", panel=_WHAT, metavar="NAME|FILE", text="Vocabulary of --mask, such as totalsegmentator.  [default: maisi]")] = None,
-    mask_source: Annotated[str | None, _option("--mask-source", panel=_WHAT, metavar="auto|file|phantom", text="Where masks come from.")] = None,
+    mask_source: Annotated[str | None, _option("--mask-source", panel=_WHAT, metavar="NAME", text="Where masks come from: auto, file, database, diffusion or phantom.")] = None,
+    mask_database: Annotated[Path | None, _option("--mask-database", panel=_WHAT, metavar="INDEX.json", text="A database of masks of your own, in the released layout.")] = None,
+    anatomy_size: Annotated[str | None, _option("--anatomy-size", panel=_WHAT, metavar="A=S,B=S", text="Relative sizes, such as liver=0.5; -1 is absent. By the mask diffusion.")] = None,
+    tumor: Annotated[str | None, _option("--tumor", panel=_WHAT, metavar="ORGAN:SIZE", text="One tumour, such as liver:15mm or lung:2.5ml.")] = None,
     allow_missing_body: Annotated[bool | None, _option("--allow-missing-body", panel=_WHAT, text="Take a mask without label 200.")] = None,
     cfg_modality: Annotated[float | None, _option("--cfg-modality", panel=_SAMPLING, metavar="S", text="Guidance toward the modality; 0 is off.")] = None,
+    cfg_tumor: Annotated[float | None, _option("--cfg-tumor", panel=_SAMPLING, metavar="S", text="Guidance toward the tumour of the mask; 0 is off.")] = None,
     scheduler: Annotated[str | None, _option("--scheduler", panel=_SAMPLING, metavar="NAME", text="Sampler; see  maisi plugins list.  [default: the model's]")] = None,
     steps: Annotated[int | None, _option("--steps", panel=_SAMPLING, metavar="N", text="Denoising steps.  [default: the model's]")] = None,
+    mask_steps: Annotated[int | None, _option("--mask-steps", panel=_SAMPLING, metavar="N", text="Steps of the mask diffusion.  [default: 1000]")] = None,
     seed: Annotated[int | None, _option("--seed", panel=_SAMPLING, metavar="S", text="Seed of the run; drawn and recorded when it is not given.")] = None,
     compat: Annotated[str | None, _option("--compat", panel=_SAMPLING, metavar="reference", text="The reference's own numerics where they differ.")] = None,
     count: Annotated[int | None, _option("--count", panel=_BATCH, metavar="N", text="Number of samples.  [default: 1]")] = None,
@@ -77,7 +82,9 @@ def generate(
         "preset": preset, "size": size, "spacing": spacing, "fov": fov, "allow_ood": allow_ood, "model": model, "mode": mode,
         "modality": modality, "anatomy": anatomy, "mask": None if mask is None else str(mask), "labels": labels,
         "mask_source": mask_source, "allow_missing_body": allow_missing_body, "cfg_modality": cfg_modality, "scheduler": scheduler,
-        "steps": steps, "seed": seed, "compat": compat, "count": count, "manifest": None if manifest is None else str(manifest), "name": name, "out": None if out is None else str(out),
+        "mask_database": None if mask_database is None else str(mask_database), "anatomy_size": anatomy_size, "tumor": tumor,
+        "cfg_tumor": cfg_tumor, "mask_steps": mask_steps, "steps": steps, "seed": seed, "compat": compat, "count": count,
+        "manifest": None if manifest is None else str(manifest), "name": name, "out": None if out is None else str(out),
         "format": format, "preview": preview, "keep_latent": keep_latent, "on_qc_fail": on_qc_fail, "retries": retries,
         "resume": resume, "shard": shard, "executor": executor, "gpu": gpu, "device": device, "dtype": dtype, "decoder": decoder,
         "window": window, "overlap": overlap, "force": force or None, "offline": offline or None,
@@ -132,7 +139,7 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
     if chosen.mask is not None:
         from .. import masks
 
-        geometry = masks.own(chosen).geometry
+        geometry = masks.own(chosen, spec=catalog.model(chosen.model)).geometry
     plan = planning.plan(resolved, geometry=geometry)
     try:
         spec = catalog.model(chosen.model)
@@ -140,6 +147,7 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
         if spec.parts_for(chosen.mode):
             _require_device(chosen, plan)
         planning.require_fit(plan)
+        _require_masks(resolved, spec)
     except CannotRun as error:
         return plan, error
     return plan, None
@@ -201,6 +209,23 @@ def _dry_run(resolved: Any, *, as_json: bool) -> int:
         output.fail(problem.message, problem.hint)
         return problem.exit_code
     return 0
+
+
+def _require_masks(resolved: Any, spec: Any) -> None:
+    """Tell where masks will come from, and refuse what was asked of that source in vain; the bundled model's phantom needs no look."""
+    chosen = resolved.settings
+    typed = resolved.typed()
+    asked = any((chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"), "mask_steps" in typed,
+                 chosen.anatomy and not spec.bundled))  # fmt: skip
+    if chosen.mode == "image" or chosen.mask is not None or (spec.bundled and not asked):
+        return
+    from .. import masks
+
+    name, reason = masks.choose(chosen, spec)
+    if asked:
+        masks.open_source(name, chosen, spec, typed=typed)
+    if reason:
+        output.say(reason)
 
 
 def _require_device(chosen: Any, plan: Any) -> None:

@@ -1,7 +1,7 @@
-"""Where masks come from: a file of the user's, or the procedural phantom.
+"""Where masks come from: a file of the user's, the mask database, the mask diffusion, or the procedural phantom.
 
-A source is a function `source(settings, geometry, seed) -> Mask`, registered by name; the mask is in the MAISI
-vocabulary, on a grid of its own (file) or on `geometry`.
+A source is a function `source(settings, geometry, seed) -> Mask`, registered by name, or a class whose instances are
+such functions (see `sources`); the mask is in the MAISI vocabulary, on a grid of its own (file) or on `geometry`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from .anatomy import BODY, maisi, regions_of, remap_table
-from .catalog import ModelSpec
-from .errors import UsageError
-from .events import Note, OnEvent, ignore
-from .geometry import Geometry
-from .settings import GenerateSettings
-from .volumes import Mask, pad, read_mask
+from ..anatomy import BODY, maisi, regions_of, remap_table
+from ..catalog import ModelSpec
+from ..errors import UsageError
+from ..events import Note, OnEvent, ignore
+from ..geometry import Geometry
+from ..settings import GenerateSettings
+from ..volumes import Mask, pad, read_mask
+from .fitting import fit, suggested
+from .sources import Made, NoMask, Source, choose, open_source
+
+__all__ = ["Conditioned", "Made", "NoMask", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
+           "phantom", "renumbered", "source_name"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +35,9 @@ class Conditioned:
     bottom_region: int | None
 
 
-def source_name(settings: GenerateSettings) -> str:
-    """Return the source that `auto` means: the file that is given, else the phantom."""
-    if settings.mask_source != "auto":
-        return settings.mask_source
-    return "file" if settings.mask else "phantom"
+def source_name(settings: GenerateSettings, spec: ModelSpec | None = None) -> str:
+    """Return the source that `auto` means: the file that is given, else what `choose` finds for the model."""
+    return choose(settings, spec)[0]
 
 
 def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
@@ -47,13 +50,22 @@ def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, 
     return load_mask(Path(settings.mask), labels=settings.labels, allow_missing_body=settings.allow_missing_body, on_event=on_event)
 
 
-def own(settings: GenerateSettings, *, on_event: OnEvent = ignore) -> Mask:
-    """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`."""
+def own(settings: GenerateSettings, *, spec: ModelSpec | None = None, on_event: OnEvent = ignore) -> Mask:
+    """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`.
+
+    In compatibility a mask on a grid that the model `spec` does not take is resampled to one that it takes, which is said.
+    """
     mask = from_file(settings, None, 0, on_event=on_event)
     present = mask.ids()
     missing = [name for name in settings.anatomy if maisi().id(name) not in present]
     if missing:
         raise UsageError(f"{settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
+    if settings.compat == "reference" and spec is not None and spec.limits.size_xy:
+        target = suggested(mask.geometry, spec)
+        if target != mask.geometry:
+            text = f"{settings.mask} is resampled from {mask.geometry} to {target}, as the reference does"
+            on_event(Note(text=text, level="warning"))
+            return fit(mask, target, compat=True)
     return mask
 
 
@@ -94,7 +106,7 @@ def map_labels(mask: Mask, source: str, target: str = "maisi", *, on_event: OnEv
 
 def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
     """Paint a procedural body on `geometry` that shows the settings' regions and holds the requested organs."""
-    from .phantom import body
+    from ..phantom import body
 
     if geometry is None:
         raise UsageError("the phantom needs a volume", hint="give --size and --spacing, or a --preset")
@@ -108,6 +120,20 @@ def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *,
         raise UsageError(f"no {', '.join(missing)} in this volume of {', '.join(settings.regions)}",
                          hint="choose a --preset of the region it lies in, or a larger --fov")  # fmt: skip
     return mask
+
+
+def renumbered(mask: Mask, settings: GenerateSettings) -> Mask:
+    """Return the mask as the reference saves it: only what was asked for by name, numbered 1, 2, ... in that order.
+
+    What is asked for are the names of `anatomy_size` where there are any, else those of `anatomy`; with neither the mask
+    stays as it is.
+    """
+    names = [text.partition("=")[0] for text in settings.anatomy_size] or list(settings.anatomy)
+    if not names:
+        return mask
+    table = np.zeros(256, dtype=np.uint8)
+    table[[maisi().id(name) for name in names]] = np.arange(1, len(names) + 1)
+    return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary="reference")
 
 
 def conditioned(mask: Mask, spec: ModelSpec) -> Conditioned:
