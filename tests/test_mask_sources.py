@@ -693,6 +693,7 @@ def test_compatibility_numbers_labels_as_the_reference(whole: dict[str, Any]) ->
         (["--tumor", "liver:15mm", "--mode", "image"], 2, "--mode image makes no mask"),
         (["--mask-steps", "20"], 2, "the mask source phantom cannot honour --mask-steps"),
         (["--cfg-tumor", "2", "--mode", "mask"], 2, "--cfg-tumor compares two masks"),
+        (["--cfg-tumor", "2"], 2, "--cfg-tumor needs masks with a tumour"),
         (["--cfg-tumor", "2", "--cfg-modality", "2"], 2, "exclude each other"),
         (["--mask-source", "database"], 2, "nano-ct comes without a mask database"),
         (["--mask-source", "diffusion"], 2, "nano-ct has no mask networks"),

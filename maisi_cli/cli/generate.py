@@ -215,8 +215,8 @@ def _require_masks(resolved: Any, spec: Any) -> None:
     """Tell where masks will come from, and refuse what was asked of that source in vain; the bundled model's phantom needs no look."""
     chosen = resolved.settings
     typed = resolved.typed()
-    asked = any((chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"), "mask_steps" in typed,
-                 chosen.anatomy and not spec.bundled))  # fmt: skip
+    asked = any((chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"),
+                 typed & {"mask_steps", "cfg_tumor"}, chosen.anatomy and not spec.bundled))  # fmt: skip
     if chosen.mode == "image" or chosen.mask is not None or (spec.bundled and not asked):
         return
     from .. import masks

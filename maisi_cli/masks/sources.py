@@ -15,6 +15,7 @@ from ..geometry import Geometry
 from ..plugins import plugins
 from ..settings import GenerateSettings
 from ..volumes import Mask
+from .sizes import parse
 
 
 class NoMask(Rejected):
@@ -104,10 +105,19 @@ def open_source(
             able = [entry.name for entry in plugins().registry("mask_sources") if key in getattr(_target(entry.name), "honours", ())]
             raise UsageError(f"the mask source {name} cannot honour {flag}",
                              hint=f"use --mask-source {' or '.join(able)}, or leave {flag} out")  # fmt: skip
+    if settings.cfg_tumor and "cfg_tumor" in typed and not _may_have_tumor(name, honours, settings):
+        raise UsageError(f"--cfg-tumor needs masks with a tumour, and none is asked of the mask source {name}",
+                         hint="add --tumor liver:15mm, or give a mask that has one:  --mask FILE")  # fmt: skip
     if isinstance(target, type):
         source: Source = target(settings, spec, device=device, dtype=dtype)
         return source
     return target  # type: ignore[no-any-return]
+
+
+def _may_have_tumor(name: str, honours: Collection[str], settings: GenerateSettings) -> bool:
+    from .tumors import aim_of
+
+    return aim_of(settings, parse(settings.anatomy_size)) is not None if "tumor" in honours else name != "phantom"
 
 
 def choose(settings: GenerateSettings, spec: ModelSpec | None = None) -> tuple[str, str]:
