@@ -128,8 +128,8 @@ NAMES = [
     ("generate --anatomy livr", "no label named 'livr'", "'liver'"),
     ("generate --scheduler rflw", "no scheduler named 'rflw'", "'rflow'"),
     ("generate --executor ray", "no executor named 'ray'", "maisi plugins list"),
-    ("generate --format dicom", "no format named 'dicom'", "maisi plugins list"),
-    ("generate --format nifti,dicom", "no format named 'dicom'", "maisi plugins list"),
+    ("generate --format mhd", "no format named 'mhd'", "maisi plugins list"),
+    ("generate --format nifti,mhd", "no format named 'mhd'", "maisi plugins list"),
     ("generate --mask-source database", "nano-ct comes without a mask database", "--mask-database INDEX.json"),
     ("generate --mask-source diffusion", "nano-ct has no mask networks", "--model rflow-ct"),
     ("generate --labels total", "no label set named 'total'", "'totalsegmentator'"),
@@ -447,7 +447,7 @@ def test_what_is_not_foreseen_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("maisi_cli.settings.resolve", fail)
+    monkeypatch.setattr("maisi_cli.manifest.resolve", fail)
     refused("generate", code, says, "", capsys)
     monkeypatch.setenv("MAISI_DEBUG", "1")
     if code == 70:
