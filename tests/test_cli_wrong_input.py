@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,8 +85,10 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     assert not (tmp_path / "home").exists()
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+def tree(folder: Path) -> dict[str, str | None]:
+    """Return the sha256 of every file below a folder, None of a folder."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}  # fmt: skip
 
 
 def refused(line: str, code: int, says: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
