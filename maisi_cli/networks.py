@@ -155,6 +155,7 @@ class Condition:
     labels_without_tumor: Tensor | None = None
     cfg_modality: float = 0.0
     cfg_tumor: float = 0.0
+    cfg_mask: float = 0.0
     compat: bool = False
     compat_half_spacing: bool = False
 
@@ -176,19 +177,24 @@ class Networks:
         Everything that does not change over the steps is computed here, once. With guidance s the prediction is
         u + s (c - u), as in classifier-free guidance (Ho and Salimans 2022, eq. 6, with s = 1 + w).
         """
-        for name, scale in (("cfg_modality", condition.cfg_modality), ("cfg_tumor", condition.cfg_tumor)):
+        on = []
+        for name in ("cfg_modality", "cfg_tumor", "cfg_mask"):
+            scale = float(getattr(condition, name))
             if scale < 0:
                 raise UsageError(f"{name} is {scale:g}", hint="a guidance scale is 0 (off) or larger")
-        if condition.cfg_modality and condition.cfg_tumor and not condition.compat:
-            raise UsageError("cfg_modality and cfg_tumor are both on", hint="use one guidance at a time")
+            on += [name] * bool(scale)
+        if len(on) > 1 and not condition.compat:
+            raise UsageError(f"{on[0]} and {on[1]} are both on", hint="use one guidance at a time")
         conditional = self._branch(condition, condition.modality, condition.labels)
-        scale = condition.cfg_modality or condition.cfg_tumor
+        scale = condition.cfg_modality or condition.cfg_tumor or condition.cfg_mask
         if not scale or scale == 1:
             return conditional
         if condition.cfg_tumor and condition.labels_without_tumor is None:
             raise UsageError("cfg_tumor needs the mask without its tumour to compare with", hint="set cfg_tumor to 0")
         modality = 0 if condition.cfg_modality or condition.compat else condition.modality
         labels = condition.labels_without_tumor if condition.cfg_tumor else condition.labels
+        if condition.cfg_mask and not (condition.cfg_modality or condition.cfg_tumor):
+            labels = None
         unconditional = self._branch(condition, modality, labels)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:

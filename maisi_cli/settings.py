@@ -53,6 +53,7 @@ class GenerateSettings:
     modality: str = "ct"
     cfg_modality: float = 0.0
     cfg_tumor: float = 0.0
+    cfg_mask: float = 0.0
     mask_steps: int = 1000
     scheduler: str = "rflow"
     steps: int = 30
@@ -230,7 +231,7 @@ def _formats(value: Any) -> tuple[str, ...]:
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "mode": _one_of("paired", "image", "mask"), "size": parse_size, "spacing": parse_mm,
     "fov": lambda value: parse_mm(value, "fov"), "regions": _regions, "anatomy": _words, "cfg_modality": _number(0),
-    "cfg_tumor": _number(0), "anatomy_size": _sizes, "mask_steps": _whole(1, 1000),
+    "cfg_tumor": _number(0), "cfg_mask": _number(0), "anatomy_size": _sizes, "mask_steps": _whole(1, 1000),
     "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _formats, "preview": _truth,
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
     "window": _window, "overlap": _number(0, 1), "device": _device, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
@@ -591,6 +592,16 @@ def _check_together(origins: dict[str, Setting]) -> None:
         raise UsageError("--mode image makes no mask, and --mask-steps speaks of one", hint="use --mode paired, or leave --mask-steps out")
     if value("cfg_tumor") and value("cfg_modality"):
         raise UsageError("--cfg-tumor and --cfg-modality exclude each other", hint="set one of them to 0")
+    if value("cfg_mask") and typed("cfg_mask") and value("mode") != "paired":
+        raise UsageError(f"--cfg-mask guides an image toward its mask, and --mode {value('mode')} has not both",
+                         hint="use --mode paired, or leave --cfg-mask out")  # fmt: skip
+    for key in ("cfg_modality", "cfg_tumor"):
+        if value(key) and value("cfg_mask"):
+            flag = "--" + key.replace("_", "-")
+            if typed("cfg_mask"):
+                raise UsageError(f"--cfg-mask and {flag} exclude each other", hint="set one of them to 0")
+            hidden = origins["cfg_mask"]  # the model's own gives way to a guidance that was asked for
+            origins["cfg_mask"] = Setting(value=0.0, origin="derived", hides=((hidden.value, hidden.origin),))
     if value("cfg_tumor") and typed("cfg_tumor") and value("mode") != "paired":
         raise UsageError(f"--cfg-tumor compares two masks, and --mode {value('mode')} makes no image for one",
                          hint="use --mode paired, or leave --cfg-tumor out")  # fmt: skip

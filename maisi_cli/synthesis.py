@@ -319,6 +319,7 @@ class _Run:
             labels=torch.from_numpy(fitted.padded.array)[None, None] if fitted else None,
             **self._tumor_guidance(fitted),
             cfg_modality=settings.cfg_modality,
+            cfg_mask=settings.cfg_mask if fitted else 0.0,
             compat=compat,
             compat_half_spacing=compat and self.source in ("file", "diffusion"),
         )

@@ -266,9 +266,17 @@ def test_guidance_by_a_tumour_takes_it_out_of_the_mask(compat: bool, without: fl
     assert torch.allclose(nets.denoiser(condition)(X, T), torch.tensor(without + 3 * (9 + 1 - without)))
 
 
+def test_guidance_by_the_mask_compares_with_no_mask_at_all() -> None:
+    nets, unet, controlnet = stand_in()
+    made = nets.denoiser(Condition(spacing_mm=SPACING, modality=9, labels=TUMOR, cfg_mask=3.0))(X, T)
+    assert torch.allclose(made, torch.tensor(9 + 3 * (9 + 1 - 9.0)))
+    assert len(unet.calls) == 2
+    assert controlnet.controlnet_cond_embedding.calls == 1
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_a_guidance_scale_of_0_or_1_costs_no_second_branch(scale: float) -> None:
-    for values in ({"cfg_modality": scale}, {"cfg_tumor": scale}):
+    for values in ({"cfg_modality": scale}, {"cfg_tumor": scale}, {"cfg_mask": scale}):
         nets, unet, controlnet = stand_in()
         made = nets.denoiser(Condition(spacing_mm=SPACING, modality=9, labels=TUMOR, **values))(X, T)
         assert torch.allclose(made, torch.tensor(10.0))
@@ -344,6 +352,7 @@ def test_compat_rounds_the_spacing_to_float16_as_the_image_only_path_of_the_refe
         ("rflow-ct", {"cfg_modality": -1.0}, "cfg_modality is -1"),
         ("rflow-ct", {"cfg_tumor": -0.5}, "cfg_tumor is -0.5"),
         ("rflow-ct", {"cfg_modality": 2.0, "cfg_tumor": 2.0}, "both on"),
+        ("rflow-ct", {"cfg_modality": 2.0, "cfg_mask": 2.0}, "both on"),
         ("rflow-ct", {"cfg_tumor": 2.0, "labels": TUMOR}, "needs the mask without its tumour"),
         ("ddpm-ct", {}, "needs a body region"),
         ("ddpm-ct", {"top_region": 1}, "needs a body region"),

@@ -412,3 +412,14 @@ def test_model_defaults_are_settings_or_known_to_the_engine():
     known = {*KEYS, "cfg_tumor", "mask_steps"}
     for spec in models():
         assert set(spec.defaults) <= known, spec.name
+
+
+def test_the_models_guidance_by_the_mask_gives_way_to_one_that_is_asked_for() -> None:
+    assert resolve({"model": "nano-ct"}).settings.cfg_mask == 1.5
+    changed = resolve({"model": "nano-ct", "cfg_modality": 2.0})
+    assert changed.settings.cfg_mask == 0
+    assert (1.5, "model nano-ct") in changed.origins["cfg_mask"].hides
+    with pytest.raises(UsageError, match="--cfg-mask and --cfg-modality exclude each other"):
+        resolve({"model": "nano-ct", "cfg_modality": 2.0, "cfg_mask": 1.2})
+    with pytest.raises(UsageError, match="--cfg-mask guides an image"):
+        resolve({"model": "nano-ct", "mode": "image", "cfg_mask": 1.2})
