@@ -20,7 +20,7 @@ from .registry import Entry
 KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
 PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
 MODES = ("paired", "image", "mask")
-_NAME = r"[\w-][\w.+-]*"
+HUB_NAME = r"[\w-][\w.+-]*"
 LAYOUTS = ("safetensors", "state_dict", "unet", "controlnet", "mask_unet", "data")
 
 
@@ -387,8 +387,8 @@ def read_model(path: Path) -> ModelSpec:
 
 def _check_address(weight: WeightFile, path: Path) -> None:
     """Refuse a file of the hub whose names would lead out of the folder for weights, and pins of another form."""
-    for key, value, form in (("repo", weight.repo, rf"{_NAME}/{_NAME}"), ("revision", weight.revision, _NAME),
-                             ("path", weight.path, rf"{_NAME}(/{_NAME})*"), ("sha256", weight.sha256, "[0-9a-f]{64}"),
+    for key, value, form in (("repo", weight.repo, rf"{HUB_NAME}/{HUB_NAME}"), ("revision", weight.revision, HUB_NAME),
+                             ("path", weight.path, rf"{HUB_NAME}(/{HUB_NAME})*"), ("sha256", weight.sha256, "[0-9a-f]{64}"),
                              ("git_sha1", weight.git_sha1, "[0-9a-f]{40}")):  # fmt: skip
         if value is not None and not (isinstance(value, str) and re.fullmatch(form, value)):
             raise UsageError(f"{path}: weights {key} {value!r}", hint="use names as they are on the hub, and hashes in small letters")

@@ -21,7 +21,6 @@ from .envelope import dilate, erode
 from .errors import UsageError
 from .repair import Bits, Box, Labels, among, bounds, checked, fill, lesions_of, ring_lobe
 from .tumors import BONE_LESION, COLON_TUMOR, LIVER_TUMOR, LUNG_TUMOR, PANCREATIC_TUMOR, Lesion, Request, hosts
-from .tumors import only_request as only_request
 from .tumors import parse_request as parse_request
 from .volumes import Mask
 

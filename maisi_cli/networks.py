@@ -160,6 +160,21 @@ class Condition:
     compat_half_spacing: bool = False
 
 
+def _taken_away(condition: Condition) -> tuple[int, Tensor | None]:
+    """Return the modality and the labels of the branch that guidance points away from.
+
+    Guidance by modality takes the modality away, by a tumour the tumour (the reference the modality too), by the mask the mask.
+    """
+    if condition.cfg_tumor and condition.labels_without_tumor is None:
+        raise UsageError("cfg_tumor needs the mask without its tumour to compare with", hint="set cfg_tumor to 0")
+    labels = condition.labels_without_tumor if condition.cfg_tumor else condition.labels
+    if condition.cfg_modality:
+        return 0, labels
+    if condition.cfg_tumor:
+        return 0 if condition.compat else condition.modality, labels
+    return condition.modality, None
+
+
 @dataclass(slots=True, kw_only=True)
 class Networks:
     """The loaded networks of a model, by part, on one device and in one precision."""
@@ -172,7 +187,7 @@ class Networks:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     def denoiser(self, condition: Condition) -> Denoise:
-        """Return `denoise(x, t)`: (B, 4, x, y, z) latent and scalar time in [0, 1000] to the network's prediction.
+        """Return `denoise(x, t)`: (B, C, x, y, z) latent and scalar time in [0, 1000] to the network's prediction.
 
         Everything that does not change over the steps is computed here, once. With guidance s the prediction is
         u + s (c - u), as in classifier-free guidance (Ho and Salimans 2022, eq. 6, with s = 1 + w).
@@ -189,13 +204,7 @@ class Networks:
         scale = condition.cfg_modality or condition.cfg_tumor or condition.cfg_mask
         if not scale or scale == 1:
             return conditional
-        if condition.cfg_tumor and condition.labels_without_tumor is None:
-            raise UsageError("cfg_tumor needs the mask without its tumour to compare with", hint="set cfg_tumor to 0")
-        modality = 0 if condition.cfg_modality or condition.compat else condition.modality
-        labels = condition.labels_without_tumor if condition.cfg_tumor else condition.labels
-        if condition.cfg_mask and not (condition.cfg_modality or condition.cfg_tumor):
-            labels = None
-        unconditional = self._branch(condition, modality, labels)
+        unconditional = self._branch(condition, *_taken_away(condition))
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             with_condition = conditional(x, t)

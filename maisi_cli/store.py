@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from . import __version__
-from .catalog import Licence, ModelSpec, WeightFile, home, models, pull_command
+from .catalog import HUB_NAME, Licence, ModelSpec, WeightFile, home, models, pull_command
 from .errors import CannotRun, Rejected, UsageError
 from .events import Note, OnEvent, Stage, Step, ignore
 from .files import refuse_overwriting, write_atomic
@@ -32,7 +32,6 @@ from .record import sha256_of
 ORIGIN_SCHEMA, BUNDLE_SCHEMA = "maisi.weight/1", "maisi.bundle/1"
 _BLOCK, _MIB, _MANIFEST_MAX = 2**20, 2**20, 2**24
 _BUNDLED_KINDS = (".safetensors", ".json", ".zip")
-_NAME = re.compile(r"[\w-][\w.+-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,7 +388,7 @@ def _licence(data: Any) -> Licence:
 def _may_install(name: Any) -> bool:
     """Say whether a path of a bundle is one of weights: models/OWNER/REPO/REVISION/..., of a kind that runs no code."""
     words = name.split("/") if isinstance(name, str) else []
-    return (len(words) >= 5 and words[0] == "models" and all(_NAME.fullmatch(word) for word in words)
+    return (len(words) >= 5 and words[0] == "models" and all(re.fullmatch(HUB_NAME, word) for word in words)
             and words[-1].endswith(_BUNDLED_KINDS) and not words[-1].endswith(".origin.json"))  # fmt: skip
 
 

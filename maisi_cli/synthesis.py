@@ -245,7 +245,7 @@ class _Run:
             try:
                 made = self._attempt(job, attempt)
             except masks.NoMask as error:
-                if last and settings.count == 1:
+                if last and settings.count == 1 and self.resolved.index is None:  # of many samples the others are made
                     raise
                 self.tell(Note(text=f"{job.id}: {error.message}" + ("" if last else "; trying again"), level="warning"))
                 continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,16 +121,6 @@ def parse_request(text: str) -> Request:
     if unit == "relative":
         _check_relative(amount, tumor, found["name"], bare=found["sign"] == ":")
     return Request(tumor=tumor, hosts=host, amount=amount, unit=unit)
-
-
-def only_request(texts: Iterable[str]) -> Request | None:
-    """Read the requests of a run: None without any, and `UsageError` for more than one."""
-    given = [text for text in texts if text.strip()]
-    if len(given) > 1:
-        raise UsageError(
-            f"{len(given)} tumours are asked for, and the networks know masks with one", hint=f"keep one, such as {given[0]!r}"
-        )
-    return parse_request(given[0]) if given else None
 
 
 def _target(name: str) -> tuple[int, tuple[int, ...]]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
@@ -21,28 +18,11 @@ from maisi_cli import anatomy, catalog, cli, planning, plugins, presets, quality
 from maisi_cli.cli import doctor
 from maisi_cli.geometry import Geometry
 
+from .shell import Done
+
 BODY = anatomy.BODY
 GROUPS = ("presets", "labels", "models", "plugins")
 COMMANDS = ("info", "doctor")
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one command line gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        (line,) = self.out.splitlines()
-        return json.loads(line)
-
-    @property
-    def first_column(self) -> list[str]:
-        """The first cell of each row of a table, without its header."""
-        return [line.strip().split("  ")[0] for line in self.out.splitlines()[1:]]
 
 
 @pytest.fixture

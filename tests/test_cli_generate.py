@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,26 +22,11 @@ from maisi_cli.record import changed_outputs, sha256_of
 from maisi_cli.testing import tiny_model
 from maisi_cli.train.data import make_phantoms
 
+from .shell import Done
+
 KINDS = {"paired": ["image", "label", "preview", "record"], "image": ["image", "preview", "record"], "mask": ["label", "preview", "record"]}
 PATIENCE_S = 300  # how long a process may take to start where the machine is busy
 SAMPLE_KEYS = {"schema", "id", "index", "seed", "model", "image", "label", "record", "preview", "latent", "qc", "seconds", "peak_gib"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one command line gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def paths(self) -> list[Path]:
-        return [Path(line) for line in self.out.splitlines()]
-
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
@@ -21,33 +19,11 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from maisi_cli import catalog, cli, planning, presets, settings
 
+from .shell import Done
+
 GPU_ROWS = [row for each in presets.presets("gpu") for row in each.values.get("measured", ())]
 PLAN_KEYS = {"schema", "model", "fits", "margin_gib", "gpu", "size", "stages", "warnings"}
 SPACING_KEYS = {"preset", "region", "share_percent", "size", "spacing_mm", "fov_mm", "verdict", "reason"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one command line gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-    def cells(self, header: str) -> list[list[str]]:
-        """Return the rows of the table that begins with a column `header`, split where columns begin."""
-        lines = self.out.splitlines()
-        first = next(k for k, line in enumerate(lines) if line.split("  ")[0].strip() == header)
-        rows = []
-        for line in lines[first + 1 :]:
-            if not line.strip():
-                break
-            rows.append([cell.strip() for cell in line.strip().split("  ") if cell.strip()])
-        return rows
 
 
 @pytest.fixture

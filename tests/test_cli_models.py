@@ -9,9 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -19,27 +17,10 @@ from maisi_cli import catalog, cli, store
 from maisi_cli.plugins import plugins
 
 from .fakehub import COMMIT, FILES, LICENCE, MASKS, REPO, SIZES, FakeHub, checkpoints, isolated, model_text, publish
+from .shell import Done
 
 GET = "models pull tiny.toml --accept-license"
 RESEARCH = LICENCE.replace("true", "false")
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one command line gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        (line,) = self.out.splitlines()
-        return json.loads(line)
-
-    @property
-    def paths(self) -> list[Path]:
-        return [Path(line) for line in self.out.splitlines()]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from maisi_cli import lesions
 from maisi_cli.anatomy import BODY, maisi
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
-from maisi_cli.lesions import Request, augment, measure, only_request, parse_request, place
+from maisi_cli.lesions import Request, augment, measure, parse_request, place
 from maisi_cli.tumors import Lesion, hosts
 from maisi_cli.volumes import Mask, read_mask
 from scipy import ndimage
@@ -145,14 +145,6 @@ def test_any_text_is_read_or_refused(text):
     assert request.hosts
     assert 0 < request.amount <= 4189
     assert parse_request(str(request)) == request
-
-
-def test_a_run_has_one_tumour_or_none():
-    assert only_request([]) is None
-    assert only_request(["", " "]) is None
-    assert only_request(["liver:15mm"]) == parse_request("liver:15mm")
-    with pytest.raises(UsageError, match="2 tumours are asked for"):
-        only_request(["liver:15mm", "lung:3mm"])
 
 
 def test_what_was_made_is_held_against_what_was_asked():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from maisi_cli import generate
+from maisi_cli import generate, synthesis
 from maisi_cli.cli import run
-from maisi_cli.errors import UsageError
+from maisi_cli.errors import Rejected, UsageError
 from maisi_cli.manifest import read_manifest, resolve_all
+from maisi_cli.masks import NoMask
 from maisi_cli.volumes import read_mask
 
 SMALL: dict[str, Any] = {"mode": "mask", "size": "64x64x64", "preview": False}
@@ -150,3 +151,19 @@ def test_a_dry_run_shows_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [(row["id"], row["seed"], row["problem"]) for row in rows] == [("one", 3, None), ("two", None, None)]
     assert run(["generate", "--manifest", str(path), "--mode", "mask", "--dry-run"]) == 0
     assert "two" in capsys.readouterr().out
+
+
+def test_a_row_without_a_mask_does_not_keep_the_others_from_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = csv_file(tmp_path, "id", "a", "b")
+    original = synthesis._Run._mask
+
+    def none_for_the_first(run: Any, job: synthesis.Job, attempt: int) -> Any:
+        if job.index == 0:
+            raise NoMask("none of 4 masks could be used", hint="use a larger --fov")
+        return original(run, job, attempt)
+
+    monkeypatch.setattr(synthesis._Run, "_mask", none_for_the_first)
+    made = []
+    with pytest.raises(Rejected, match="1 of 2 samples"):
+        made.extend(generate(manifest=str(path), out=str(tmp_path / "run"), seed=1, retries=0, **SMALL))
+    assert [file.name for file in sorted((tmp_path / "run").iterdir())] == ["b_label.nii.gz", "b_record.json"]

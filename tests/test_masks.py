@@ -134,7 +134,7 @@ def test_what_another_vocabulary_has_no_word_for_becomes_background():
     [({}, "phantom"), ({"mask": "a.nii.gz"}, "file"), ({"mask_source": "phantom"}, "phantom"), ({"mask_source": "theirs"}, "theirs")],
 )
 def test_auto_takes_the_mask_that_is_given_or_else_the_phantom(how, name):
-    assert masks.source_name(GenerateSettings(**how)) == name
+    assert masks.choose(GenerateSettings(**how))[0] == name
 
 
 def test_a_mask_file_is_read_on_its_own_grid_and_mapped(tmp_path: Path):

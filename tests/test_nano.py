@@ -102,7 +102,7 @@ def test_outside_the_body_is_air(made: Made) -> None:
 
 
 def test_organs_are_neither_painted_nor_mottled(made: Made) -> None:
-    """Two voxels inside the liver HU deviate by 25: by 15 in a rendered phantom, by 50 with weights of a short training."""
+    """Two voxels inside the liver HU deviate by 20: by 15 in a rendered phantom, by 50 with weights of a short training."""
     inside = ndimage.binary_erosion(made.mask.array == maisi().id("liver"), iterations=2)
     assert 2 < made.image.array[inside].std() < 35
 
@@ -178,7 +178,7 @@ def test_it_correlates_with_the_patients_own_ct(patient: tuple[Volume, Path]) ->
     sample = read(folder)
     inside = sample.mask.array > 0
     a, b = np.clip(real.array[inside], -1000, 1000), sample.image.array[inside]
-    assert np.corrcoef(a, b)[0, 1] > 0.58  # 0.62 with the weights of this release
+    assert np.corrcoef(a, b)[0, 1] > 0.58  # 0.625 with the weights of this release
 
 
 def test_the_table_of_steps_names_real_organs() -> None:

@@ -192,7 +192,7 @@ def unzip(manifest: dict[str, Any], members: list[tuple[tarfile.TarInfo, bytes]]
     ("change", "says"),
     [
         (rename("../../outside.json", known=True), "is no place for weights"),
-        (rename("/tmp/outside.json", known=True), "is no place for weights"),
+        (rename("/outside.json", known=True), "is no place for weights"),
         (rename(f"models/{REPO}/{COMMIT}/../outside.json", known=True), "is no place for weights"),
         (rename(f"models/{REPO}/{COMMIT}/outside.pt", known=True), "is no place for weights"),
         (rename(f"models/{REPO}/{COMMIT}/a.json.origin.json", known=True), "is no place for weights"),

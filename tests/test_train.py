@@ -29,7 +29,7 @@ from maisi_cli.train.controlnet import ControlNetTask, add_residuals_out_of_plac
 from maisi_cli.train.data import Case, encode, intensity, make_phantoms, read_list, split
 from maisi_cli.train.diffusion import DiffusionTask, Encoded, draw_times, mix, scale_factor
 from maisi_cli.train.loop import _average, _rate
-from maisi_cli.train.vae import blur_latents
+from maisi_cli.train.vae import noise_latents
 from maisi_cli.volumes import read_image, read_mask
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -377,7 +377,8 @@ def test_overrides_win_with_or_without_prefix() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"learning_rate": 1}, "learning_rate"), ({"loss": "l3"}, "loss"), ({"lr": -1.0}, "lr"),
-     ({"steps": 0}, "steps"), ({"timesteps": "late"}, "timesteps"), ({"precision": "fp8"}, "precision")],
+     ({"steps": 0}, "steps"), ({"timesteps": "late"}, "timesteps"), ({"precision": "fp8"}, "precision"),
+     ({"time_shift": 0.0}, "time_shift"), ({"latent_noise": -0.1}, "latent_noise")],
 )  # fmt: skip
 def test_wrong_settings_are_refused_by_name(changes: Mapping[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -673,7 +674,7 @@ def test_a_frozen_encoder_leaves_latents_as_they_are(folder: Path, tmp_path: Pat
 def test_noise_on_latents_has_at_most_the_share_asked_for_and_only_in_training() -> None:
     torch.manual_seed(0)
     layer = nn.Identity()
-    blur_latents(layer, 0.2)
+    noise_latents(layer, 0.2)
     latent = 3 * torch.randn(1, 4, 24, 24, 24)
     assert torch.equal(layer.eval()(latent), latent)
     layer.train()

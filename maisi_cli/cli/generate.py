@@ -156,7 +156,9 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
 
 def _dry_run_rows(rows: list[Any], *, as_json: bool) -> int:
     """Show what each row of a manifest would make; the first thing that stands in the way is the exit code."""
+    from .. import catalog
     from ..geometry import format_triple
+    from ..settings import sample_id
 
     shown, first = [], None
     for resolved in rows:
@@ -165,7 +167,7 @@ def _dry_run_rows(rows: list[Any], *, as_json: bool) -> int:
         chosen = resolved.settings
         volume = plan.geometry
         shown.append({
-            "id": resolved.origins["name"].value.replace("{{", "{").replace("}}", "}"), "mode": chosen.mode, "model": chosen.model,
+            "id": sample_id(chosen, catalog.model(chosen.model), resolved.index), "mode": chosen.mode, "model": chosen.model,
             "seed": chosen.seed, "size": format_triple(volume.size) if volume else None, "spacing": _mm(volume.spacing) if volume else None,
             "problem": str(problem) if problem else None,
         })  # fmt: skip

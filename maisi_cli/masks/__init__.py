@@ -22,7 +22,7 @@ from .fitting import fit, suggested
 from .sources import Made, NoMask, Source, choose, open_source
 
 __all__ = ["Conditioned", "Made", "NoMask", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
-           "phantom", "renumbered", "source_name"]  # fmt: skip
+           "phantom", "renumbered"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,6 @@ class Conditioned:
     padded: Mask
     top_region: int | None
     bottom_region: int | None
-
-
-def source_name(settings: GenerateSettings, spec: ModelSpec | None = None) -> str:
-    """Return the source that `auto` means: the file that is given, else what `choose` finds for the model."""
-    return choose(settings, spec)[0]
 
 
 def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:

@@ -70,6 +70,8 @@ class TrainSettings:
         for name in ("steps", "batch_size", "lr", "time_shift", "validate_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be larger than 0")
+        if self.latent_noise < 0:
+            raise UsageError(f"train.latent_noise is {self.latent_noise}", hint="use a share of the latent's deviation, such as 0.2, or 0")
 
 
 def settings_from(kind: str, preset: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainSettings:

@@ -43,7 +43,7 @@ class VaeTask:
             for part in ("encoder", "quant_conv_mu", "quant_conv_log_sigma"):
                 self.network.get_submodule(part).requires_grad_(False)
         if settings.latent_noise:
-            blur_latents(self.network.get_submodule("post_quant_conv"), settings.latent_noise)
+            noise_latents(self.network.get_submodule("post_quant_conv"), settings.latent_noise)
         training, held = split(read_list(data))
         self.volumes = [_load(case.image, case.id) for case in training]
         self.held = [_load(case.image, case.id) for case in held[:2]]
@@ -177,7 +177,7 @@ def _anchors(network: nn.Module) -> Iterator[tuple[Tensor, Any, Any]]:
                 yield module.bias, here, torch.tensor([level, -level]).repeat(groups)
 
 
-def blur_latents(decoder_input: nn.Module, share: float) -> None:
+def noise_latents(decoder_input: nn.Module, share: float) -> None:
     """Let a decoder learn from latents with Gaussian noise of 0 to `share` of their deviation, drawn anew for each batch.
 
     What a sampler makes deviates from every true latent; a decoder that has only seen true ones shows the difference as mottle (noise-
