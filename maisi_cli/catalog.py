@@ -181,30 +181,64 @@ class ModelSpec:
             return geometry.resized((x, y, z))
         return self.nearest(geometry, 1)[0]
 
-    def check(
-        self, geometry: Geometry, *, modality: str, mode: str, head: bool = False, allow_ood: bool = False, own_mask: bool = False
-    ) -> list[str]:  # fmt: skip
-        """Refuse what the model cannot make, and return warnings about what `allow_ood` lets pass.
+    def shown_on(self, geometry: Geometry) -> Geometry:
+        """Return the grid on which the networks are shown a mask that lies on `geometry`; the centre and the axes stay.
 
-        Raises `UsageError` naming the nearest valid size, the model that supports the modality, or the flag that allows
-        an out-of-distribution field of view. `own_mask` allows any size, since it is padded inside, and up to twice `size_max`.
+        It is `geometry` itself where the model takes it; else, for a model that pads, a larger grid of the same voxels; else
+        the nearest size that covers the whole field of view within the model's spacings, never a part of it. Raises
+        `UsageError` where there is none.
         """
-        self.check_mode(mode)
-        self.check_modality(modality)
-        limits, size = self.limits, geometry.size
-        fits = self.valid_size(size) or (own_mask and limits.pads and max(size) <= 2 * limits.size_max)
-        if not fits:
-            near = " or ".join(f"{format_triple(g.size)} (spacing {_mm(g.spacing)} mm)" for g in self.nearest(geometry))
-            raise UsageError(
-                f"model {self.name} cannot make {format_triple(size)}", hint=f"the nearest sizes at this field of view are {near}"
-            )
-        problems: list[str] = []
+        limits = self.limits
+        if self.valid_size(geometry.size) and not self._spacing_problems(geometry):
+            return geometry
+        if limits.pads:
+            x, y, z = (max(limits.size_min, n) for n in geometry.padded(limits.multiple).size)
+            padded = geometry.around((x, y, z))
+            if self.valid_size(padded.size) and not self._spacing_problems(padded):
+                return padded
+        coarsest = (limits.spacing_xy_mm[1], limits.spacing_xy_mm[1], limits.spacing_z_mm[1])
+        x, y, z = (max(n, math.ceil(fov / mm - 1e-9)) for n, fov, mm in zip(geometry.size, geometry.fov_mm, coarsest, strict=True))
+        sizes = {*self._sizes(geometry.size), *self._sizes((x, y, z))}
+        covering = [grid for size in sizes if (grid := self._covering(geometry, size))]
+        if not covering:
+            raise UsageError(f"model {self.name} has no grid that covers {geometry}", hint="crop the mask, or cut it into parts")
+        return min(covering, key=lambda grid: (_distance(grid.size, geometry.size), grid.size))
+
+    def _covering(self, geometry: Geometry, size: Size) -> Geometry | None:
+        """Return the grid of this size that covers the field of view as closely as spacings allow, None when it cannot."""
+        x, y, z = (extent / n for extent, n in zip(geometry.fov_mm, size, strict=True))
+        if self.limits.square:
+            x = y = max(x, y)
+        (low, high), (low_z, high_z) = self.limits.spacing_xy_mm, self.limits.spacing_z_mm
+        if max(x, y) > high or z > high_z:
+            return None
+        return geometry.regridded(size, (max(x, low), max(y, low), max(z, low_z)))
+
+    def _spacing_problems(self, geometry: Geometry) -> list[str]:
+        limits, problems = self.limits, []
         for name, value, (low, high) in (("x", geometry.spacing[0], limits.spacing_xy_mm), ("y", geometry.spacing[1], limits.spacing_xy_mm),
                                          ("z", geometry.spacing[2], limits.spacing_z_mm)):  # fmt: skip
             if not low - 1e-6 <= value <= high + 1e-6:
                 problems.append(f"spacing {value:.4g} mm along {name} is outside {low:g}..{high:g} mm")
         if limits.square and abs(geometry.spacing[0] - geometry.spacing[1]) > 1e-4 * geometry.spacing[0]:
             problems.append(f"spacing x {geometry.spacing[0]:.4g} and y {geometry.spacing[1]:.4g} mm differ")
+        return problems
+
+    def check(self, geometry: Geometry, *, modality: str, mode: str, head: bool = False, allow_ood: bool = False) -> list[str]:
+        """Refuse what the model cannot make, and return warnings about what `allow_ood` lets pass.
+
+        Raises `UsageError` naming the nearest valid size, the model that supports the modality, or the flag that allows
+        an out-of-distribution field of view.
+        """
+        self.check_mode(mode)
+        self.check_modality(modality)
+        limits, size = self.limits, geometry.size
+        if not self.valid_size(size):
+            near = " or ".join(f"{format_triple(g.size)} (spacing {_mm(g.spacing)} mm)" for g in self.nearest(geometry))
+            raise UsageError(
+                f"model {self.name} cannot make {format_triple(size)}", hint=f"the nearest sizes at this field of view are {near}"
+            )
+        problems = self._spacing_problems(geometry)
         if problems:
             raise UsageError(f"model {self.name}: {problems[0]}", hint="see  maisi recommend-spacing")
         fov = min(geometry.fov_mm[:2])

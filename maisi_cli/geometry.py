@@ -162,6 +162,16 @@ class Geometry:
         x, y, z = (f / n for f, n in zip(self.fov_mm, size, strict=True))
         return Geometry(size=size, spacing=(x, y, z))
 
+    def regridded(self, size: Size, spacing: Triple) -> Geometry:
+        """Return the grid of `size` voxels of `spacing` mm along the same axes, about the same centre."""
+        rows = []
+        for row in self.affine[:3]:
+            axes = [row[k] / self.spacing[k] for k in range(3)]  # unit vectors of the axes
+            centre = row[3] + sum(row[k] * (self.size[k] - 1) / 2 for k in range(3))
+            first = centre - sum(axes[k] * spacing[k] * (size[k] - 1) / 2 for k in range(3))
+            rows.append((*(axes[k] * spacing[k] for k in range(3)), first))
+        return replace(self, size=size, spacing=spacing, affine_rows=(rows[0], rows[1], rows[2], (0.0, 0.0, 0.0, 1.0)))
+
     def close_to(self, other: Geometry, *, tolerance_mm: float = 1e-3) -> bool:
         """Say whether two grids have the same size and the same corners to within `tolerance_mm`."""
         if self.size != other.size:

@@ -53,7 +53,8 @@ def register_mask_sources(register: Register) -> None:
     The target is a function `source(settings, geometry, seed, *, on_event) -> Mask`, chosen with `--mask-source`; or a
     class, made once a run as `Target(settings, model, device=..., dtype=...)`, whose instances are such functions. What
     they return may be `maisi_cli.masks.Made`, a mask with what the record shall say about it. The attribute `honours`
-    names those of `anatomy_size`, `tumor`, `mask_steps` and `mask_database` that the source takes.
+    names those of `anatomy_size`, `tumor`, `mask_steps` and `mask_database` that the source takes. A class with `parts`, the
+    networks of the model that it loads, also gets `loaded` (`maisi_cli.networks.Loaded`), which keeps them for the next row.
     """
 
 

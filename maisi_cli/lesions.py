@@ -274,6 +274,10 @@ def _zoomed(labels: Labels, zoom: float) -> Labels:
     return result
 
 
+class NoRoom(UsageError):
+    """A lesion fits nowhere in its organ as it is in one mask; in another it may."""
+
+
 # --- placed in a healthy organ --------------------------------------------------------------------------------
 
 
@@ -316,8 +320,8 @@ def place(labels: Labels, request: Request, *, seed: int, spacing_mm: Triple, ma
             result[area][new] = request.tumor
             return result
     largest = _diameter(float(voxels_of_host.size * mm.prod() / 1000))
-    raise UsageError(f"{request} fits nowhere in its organ, which is as large as a ball of {largest:.0f} mm",
-                     hint="ask for a smaller one, or another organ")  # fmt: skip
+    raise NoRoom(f"{request} fits nowhere in its organ, which is as large as a ball of {largest:.0f} mm",
+                 hint="ask for a smaller one, or another organ")  # fmt: skip
 
 
 def _blob(shape: tuple[int, ...], centre: NDArray[Any], mm: NDArray[np.float64], radius: float, rng: np.random.Generator) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""A list of samples to make: a row each, with an id and settings of its own.
+"""A list of samples to make: a row each, with an id and settings of its own; or a folder of masks, with a row for each.
 
 CSV with a header line, or JSON lines (`.jsonl`). The column `id` names the files; every other column is a setting of
 `generate` (`seed`, `preset`, `mask`, `anatomy`, `steps`, ...). An empty cell leaves a setting as the whole run has it. Paths in it
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, unknown
-from .settings import KEYS, MANIFEST_ROW, Layer, Resolved, resolve
+from .settings import KEYS, MANIFEST_ROW, MASK_FOLDER, Layer, Resolved, resolve
 
 OF_THE_RUN = ("manifest", "out", "count", "name", "resume", "force", "shard", "executor", "offline")
 """Settings that are those of the whole run, and no row's own."""
@@ -30,20 +30,44 @@ class Row:
 
 
 def resolve_all(flags: Mapping[str, Any] | None = None, **layers: Any) -> list[Resolved]:
-    """Return the settings of a run, or of each row of its manifest; arguments are those of `settings.resolve`.
+    """Return the settings of a run, of each row of its manifest, or of each mask of the folder that `mask` names.
+
+    Arguments are those of `settings.resolve`.
 
     Row k is sample k of the run: its seed derives from (seed, k), unless the row has a seed of its own.
     """
     whole = resolve(flags, **layers)
     layers.pop("index", None)
     path = whole.settings.manifest
+    if path is None and whole.settings.mask is not None and Path(whole.settings.mask).is_dir():
+        rows = masks_of(Path(whole.settings.mask), count=whole.settings.count)
+        return [_resolved(MASK_FOLDER, row, k, flags, layers) for k, row in enumerate(rows)]
     if path is None:
         return [whole]
     if whole.settings.count != 1:
         raise UsageError("--count and --manifest exclude each other: a manifest has a row for every sample", hint="leave --count out")
     rows = read_manifest(Path(path))
-    return [resolve(flags, **layers, row=Layer(origin=MANIFEST_ROW + row.id, values={**row.values, "name": _literally(row.id)}), index=k)
-            for k, row in enumerate(rows)]  # fmt: skip
+    return [_resolved(MANIFEST_ROW, row, k, flags, layers) for k, row in enumerate(rows)]
+
+
+def _resolved(kind: str, row: Row, index: int, flags: Mapping[str, Any] | None, layers: Mapping[str, Any]) -> Resolved:
+    values = {**row.values, "name": _literally(row.id), "count": 1}
+    return resolve(flags, **layers, row=Layer(origin=kind + row.id, values=values), index=index)
+
+
+def masks_of(folder: Path, *, count: int = 1) -> list[Row]:
+    """Return a row for each label map of a folder, `count` for each when there shall be several images of one.
+
+    Rows are named after their files, and numbered where `count` is above 1. Raises `UsageError` for a folder without any.
+    """
+    found = sorted(path for path in folder.iterdir() if path.name.endswith((".nii.gz", ".nii")) and not path.name.startswith("."))
+    if not found:
+        raise UsageError(f"the folder {folder} holds no label map", hint="give a folder with .nii.gz files, or one file")
+    names = [path.name.split(".nii")[0] for path in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{folder} holds {twice}.nii and {twice}.nii.gz", hint="take one of them away")
+    return [Row(id=name if count == 1 else f"{name}_{copy:04d}", values={"mask": str(path)})
+            for name, path in zip(names, found, strict=True) for copy in range(count)]  # fmt: skip
 
 
 def read_manifest(path: Path) -> list[Row]:

@@ -279,6 +279,22 @@ def _embedding(controlnet: nn.Module, context: Tensor) -> Iterator[None]:
         controlnet._modules["controlnet_cond_embedding"] = original  # type: ignore[assignment]
 
 
+class Loaded:
+    """The networks that were loaded last for each role (image, mask), kept for all samples that need the same ones."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Any, Networks]] = {}
+
+    def get(self, role: str, key: Any, load: Callable[[], Networks]) -> Networks:
+        """Return the networks of a role; those of another `key` are let go before `load` is called."""
+        held = self._held.get(role)
+        if held is None or held[0] != key:
+            held = None
+            self._held.pop(role, None)
+            held = self._held[role] = (key, load())
+        return held[1]
+
+
 def load(
     model: ModelSpec, parts: Collection[str], *, device: torch.device, precision: Precision,
     files: Mapping[str, Path], fast: bool = True,

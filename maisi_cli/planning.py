@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,17 +130,21 @@ def _cpu_flags() -> frozenset[str]:
 def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | None = None) -> Plan:
     """Return the plan of one `generate` run; checks the volume against the model first.
 
-    `geometry` is that of the user's mask, if there is one. Raises `UsageError` for what the model cannot make.
+    `geometry` is that of the user's mask, if there is one; memory and time are then those of the grid on which the model is
+    shown it. Raises `UsageError` for what the model cannot make.
     """
     settings = resolved.settings
     spec = find_model(settings.model)
     target = geometry or (settings.geometry() if settings.mask is None else None)
+    shown = spec.shown_on(geometry) if geometry and settings.mode != "mask" else target
     warnings: list[str] = []
-    if target is not None:
-        warnings += spec.check(target, modality=settings.modality, mode=settings.mode, head="head" in settings.regions,
-                               allow_ood=settings.allow_ood, own_mask=settings.mask is not None)  # fmt: skip
-    found = gpu or gpu_of(settings)
-    return predict(spec, target, found, settings=settings, warnings=tuple(warnings))
+    if shown is not None and (geometry is None or settings.mode != "mask"):
+        warnings += spec.check(shown, modality=settings.modality, mode=settings.mode, head="head" in settings.regions,
+                               allow_ood=settings.allow_ood)  # fmt: skip
+    if geometry and shown and shown.spacing != geometry.spacing:
+        warnings.append(f"{settings.mask} ({geometry}) is shown to {spec.name} on {shown}; its image is put back on the mask's own grid")
+    made = predict(spec, shown, gpu or gpu_of(settings), settings=settings, warnings=tuple(warnings))
+    return replace(made, geometry=target)
 
 
 def gpu_of(settings: GenerateSettings) -> Gpu:

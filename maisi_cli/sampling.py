@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .catalog import ModelSpec
 from .errors import UsageError
+from .plugins import plugins
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, int, Tensor], None]
@@ -147,6 +149,17 @@ FAMILIES: dict[str, Callable[..., Schedule]] = {"flow": flow_schedule, "ddpm": d
 def family_of(sampler: Sampler) -> str:
     """Return `flow` or `ddpm`: the attribute `family` of a sampler, `flow` when it has none."""
     return str(getattr(sampler, "family", "flow"))
+
+
+def require_family(spec: ModelSpec, scheduler: str) -> None:
+    """Refuse a sampler of another family than the one that a model was trained for, which would make noise.
+
+    Raises `UsageError` that names the model's own.
+    """
+    samplers, own = plugins().registry("samplers"), str(spec.scheduler.get("name", "rflow"))
+    if family_of(samplers.get(scheduler)) != family_of(samplers.get(own)):
+        raise UsageError(f"model {spec.name} was trained for the scheduler {own}, of another family than {scheduler}",
+                         hint=f"use --scheduler {own}, or leave it out")  # fmt: skip
 
 
 ddpm.family = "ddpm"  # type: ignore[attr-defined]

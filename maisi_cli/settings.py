@@ -23,7 +23,7 @@ ENVIRONMENT_PREFIX = "MAISI_"
 # environment variables that are not settings of generate
 _OTHER_VARIABLES = {"MAISI_HOME", "MAISI_DEBUG", "MAISI_LOAD_PLUGINS", "MAISI_TRACE_PLUGINS", "MAISI_CONFIG", "MAISI_OFFLINE"}
 PROJECT_FILE = "maisi.toml"
-MANIFEST_ROW = "manifest row "
+MANIFEST_ROW, MASK_FOLDER = "manifest row ", "folder of masks: "
 LARGEST_SIZE = 20  # of an anatomy size; the released mask networks saw up to 16.5
 LONGEST_NAME = 200  # bytes; file systems take 255, and _image.nii.gz and a temporary ending are added
 
@@ -118,7 +118,7 @@ class Resolved:
 
 
 def _is_typed(setting: Setting) -> bool:
-    return setting.origin in ("command line", "--set") or setting.origin.startswith(MANIFEST_ROW)
+    return setting.origin in ("command line", "--set") or setting.origin.startswith((MANIFEST_ROW, MASK_FOLDER))
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -586,7 +586,7 @@ def _check_together(origins: dict[str, Setting]) -> None:
     for key, flag in (("anatomy_size", "--anatomy-size"), ("tumor", "--tumor"), ("mask_database", "--mask-database")):
         if value(key) and value("mode") == "image":
             raise UsageError(f"--mode image makes no mask, and {flag} speaks of one", hint=f"use --mode paired, or leave {flag} out")
-        if value(key) and value("mask") is not None:
+        if value(key) and value("mask") is not None and key != "tumor":
             raise UsageError(f"{flag} and --mask exclude each other: the mask is what it is", hint=f"leave {flag} out")
     if value("mode") == "image" and typed("mask_steps"):
         raise UsageError("--mode image makes no mask, and --mask-steps speaks of one", hint="use --mode paired, or leave --mask-steps out")

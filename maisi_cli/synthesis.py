@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from .preview import preview
 from .repair import without_lesions
 from .seeds import derive, fresh
 from .settings import Resolved, Setting, parse_shard, require_weights, sample_id
-from .volumes import AIR_HU, Mask, Sample, Volume, crop
+from .volumes import AIR_HU, Mask, Sample, Volume, onto
 
 if TYPE_CHECKING:
     from .quality import Verdict
@@ -101,21 +102,6 @@ def run_local(jobs: Iterable[Job], make: Make, on_event: OnEvent) -> Iterator[Sa
             yield sample
 
 
-class _Loaded:
-    """The networks that were loaded last, kept for all samples that need the same ones."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._networks: networks.Networks | None = None
-
-    def get(self, key: Any, load: Callable[[], networks.Networks]) -> networks.Networks:
-        """Return the networks of `key`; others are let go first."""
-        if self._networks is None or key != self._key:
-            self._networks = None
-            self._key, self._networks = key, load()
-        return self._networks
-
-
 class _Batch:
     """The settings of one run, or those of each row of a manifest."""
 
@@ -124,7 +110,7 @@ class _Batch:
         self.resolved = [_with_seed(each, *drawn) if drawn and each.settings.seed is None else each for each in resolved]
         self.executor = resolved[0].settings.executor
         self.listener = on_event
-        self.loaded = _Loaded()
+        self.loaded = networks.Loaded()
         self._told: set[str] = set()
         self._open: tuple[int, _Run] | None = None
 
@@ -161,7 +147,7 @@ class _Batch:
 class _Run:
     """One run: what is fixed for all of its samples; its networks are loaded when the first sample needs them."""
 
-    def __init__(self, resolved: Resolved, tell: OnEvent, loaded: _Loaded) -> None:
+    def __init__(self, resolved: Resolved, tell: OnEvent, loaded: networks.Loaded) -> None:
         self.resolved, self.settings = resolved, resolved.settings
         self.tell, self.loaded = tell, loaded
         self.spec: ModelSpec = find_model(self.settings.model)
@@ -181,7 +167,7 @@ class _Run:
 
     def require(self) -> None:
         """Refuse what this machine cannot do."""
-        self._require_sampler()
+        sampling.require_family(self.spec, self.settings.scheduler)
         require_folder(self.out)
         require_weights(self.spec, self.settings.mode)
         self.files = weights.locate(self.spec, (*self.parts, *self.mask_parts))
@@ -203,17 +189,9 @@ class _Run:
         if self.source is None:
             return None
         device, dtype = str(self.plan.choice("device")), str(self.plan.choice("dtype"))
-        return masks.open_source(self.source, self.settings, self.spec, device=device, dtype=dtype, typed=self.resolved.typed())
-
-    def _require_sampler(self) -> None:
-        """Refuse a sampler of another family than the one that the networks were trained for: it would make noise."""
-        samplers, own = plugins().registry("samplers"), str(self.spec.scheduler.get("name", "rflow"))
-        family, wanted = (sampling.family_of(samplers.get(name)) for name in (self.settings.scheduler, own))
-        if family != wanted:
-            raise UsageError(
-                f"model {self.spec.name} was trained for the scheduler {own}, of another family than {self.settings.scheduler}",
-                hint=f"use --scheduler {own}, or leave it out",
-            )
+        return masks.open_source(
+            self.source, self.settings, self.spec, device=device, dtype=dtype, typed=self.resolved.typed(), loaded=self.loaded
+        )
 
     def jobs(self) -> list[Job]:
         """Return the samples to make here: this shard's, without those that are complete when resuming."""
@@ -269,7 +247,7 @@ class _Run:
             return _Try(attempt=attempt, seed=seed, image=None, mask=mask, about=about, verdict=None, latent=None, seconds=clock.seconds)
         grid = mask.geometry if mask is not None else settings.geometry()
         fitted = masks.conditioned(mask, self.spec) if mask is not None else None
-        inner = fitted.padded.geometry if fitted else grid
+        inner = fitted.shown.geometry if fitted else grid
         nets = self._load()
         with clock("denoise"):
             latent = self._denoise(nets, inner, fitted, seed)
@@ -282,7 +260,7 @@ class _Run:
                 overlap=self.plan.choice("overlap") or 0.0, on_event=self.tell,
             )  # fmt: skip
             image = Volume(array=decoding.to_hu(intensity, settings.modality), geometry=inner, modality=settings.modality)
-            image = crop(image, grid) if inner != grid else image
+            image = onto(image, grid)
             if mask is not None:
                 image = dataclasses.replace(image, array=_clear_outside(image, mask))
         verdict = quality.check(image, mask, required=settings.anatomy, compat=settings.compat == "reference")
@@ -291,10 +269,10 @@ class _Run:
     def _mask(self, job: Job, attempt: int) -> masks.Made | None:
         if self.masks is None:
             return None
-        if self.own_mask is not None:
-            return masks.Made(mask=self.own_mask)
-        self.tell(Stage(name="mask", detail=str(self.source), sample=job.index))
         seed = derive(job.seed, job.index, attempt, "mask")
+        if self.own_mask is not None:
+            return masks.painted(self.own_mask, self.settings, seed)
+        self.tell(Stage(name="mask", detail=str(self.source), sample=job.index))
         made = self.masks(self.settings, self.settings.geometry(), seed, on_event=self.tell)
         return made if isinstance(made, masks.Made) else masks.Made(mask=made)
 
@@ -316,7 +294,7 @@ class _Run:
             modality=find_modality(settings.modality).id,
             top_region=fitted.top_region if fitted and fitted.top_region is not None else regions[0],
             bottom_region=fitted.bottom_region if fitted and fitted.bottom_region is not None else regions[1],
-            labels=torch.from_numpy(fitted.padded.array)[None, None] if fitted else None,
+            labels=torch.from_numpy(fitted.shown.array)[None, None] if fitted else None,
             **self._tumor_guidance(fitted),
             cfg_modality=settings.cfg_modality,
             cfg_mask=settings.cfg_mask if fitted else 0.0,
@@ -341,7 +319,7 @@ class _Run:
         """Return the scale of the tumour guidance and the mask without its tumour; nothing where the mask has none."""
         if not self.settings.cfg_tumor or fitted is None:
             return {}
-        labels = fitted.padded.array
+        labels = fitted.shown.array
         without = without_lesions(labels, compat=self.settings.compat == "reference")
         if np.array_equal(without, labels):
             self.tell(Note(text="--cfg-tumor does nothing here: the mask has no tumour", level="warning"))
@@ -355,7 +333,7 @@ class _Run:
             self.tell(Stage(name="load", detail=f"{self.spec.name} on {device}"))
             return networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files)
 
-        nets = self.loaded.get((self.spec.path, self.parts, self.device, self.plan.choice("dtype")), load)
+        nets = self.loaded.get("image", (self.spec.path, self.parts, self.device, self.plan.choice("dtype")), load)
         self.hashes = nets.hashes
         return nets
 
@@ -400,13 +378,15 @@ class _Run:
             paths: dict[str, Path] = {}
             if settings.keep_latent and made.latent is not None:
                 paths["latent"] = self.out / f"{job.id}_latent.npy"
-            for name in settings.format:
-                paths.update(plugins().registry("formats").get(name)(sample, self.out, force=force))
-            if settings.preview:
-                title = f"{self.spec.name}  seed {job.seed}/{job.index}  SYNTHETIC"
-                paths["preview"] = preview(made.image, made.mask, self.out / f"{job.id}_preview.png", title=title, force=force)
-        written = self._record(job, made, paths, {**made.seconds, **clock.seconds}, added)
-        paths["record"] = record.write(self.out / f"{job.id}_record.json", written, force=force)
+            with _nothing_left(paths):
+                for name in settings.format:
+                    paths.update(plugins().registry("formats").get(name)(sample, self.out, force=force))
+                if settings.preview:
+                    title = f"{self.spec.name}  seed {job.seed}/{job.index}  SYNTHETIC"
+                    paths["preview"] = preview(made.image, made.mask, self.out / f"{job.id}_preview.png", title=title, force=force)
+        with _nothing_left(paths):
+            written = self._record(job, made, paths, {**made.seconds, **clock.seconds}, added)
+            paths["record"] = record.write(self.out / f"{job.id}_record.json", written, force=force)
         for kind, path in paths.items():
             self.tell(Saved(path=path, kind=kind))
         return dataclasses.replace(sample, paths=paths, record=written)
@@ -421,6 +401,9 @@ class _Run:
         mask: dict[str, Any] | None = None
         if made.mask is not None:
             mask = {"source": self.source, "ids": list(made.mask.ids()), **made.about}
+            grid = spec.shown_on(made.mask.geometry)
+            if made.image is not None and grid != made.mask.geometry:
+                mask["shown_on"] = {"size": list(grid.size), "spacing_mm": list(grid.spacing)}
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
         device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
@@ -474,6 +457,20 @@ class _Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[stage] = time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _nothing_left(paths: Mapping[str, Path]) -> Iterator[None]:
+    """Remove the files and folders of a sample that could not be finished: without a record nobody knows what they are."""
+    try:
+        yield
+    except BaseException:
+        for path in paths.values():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _clear_outside(image: Volume, mask: Mask) -> Any:

@@ -367,6 +367,27 @@ def crop(item: Grid, geometry: Geometry) -> Grid:
     return replace(item, array=np.ascontiguousarray(item.array[window]), geometry=geometry)
 
 
+def onto(volume: Volume, geometry: Geometry) -> Volume:
+    """Return a volume on another grid with the same centre and axes: cropped where the voxels are the same, else interpolated.
+
+    Values are interpolated linearly between voxel centres, and are those of the border beyond it (half a voxel at most
+    where the grid covers the same field of view).
+    """
+    if volume.geometry == geometry:
+        return volume
+    if geometry.around(volume.geometry.size).close_to(volume.geometry):
+        return crop(volume, geometry)
+    from scipy import ndimage
+
+    old = volume.geometry
+    ratios = [new_mm / mm for new_mm, mm in zip(geometry.spacing, old.spacing, strict=True)]
+    firsts = [(n - 1) / 2 - (new - 1) / 2 * ratio for n, new, ratio in zip(old.size, geometry.size, ratios, strict=True)]
+    array = ndimage.affine_transform(
+        volume.array.astype(np.float32, copy=False), ratios, firsts, output_shape=geometry.size, order=1, mode="nearest"
+    )
+    return replace(volume, array=array if volume.array.dtype.kind == "f" else np.rint(array).astype(volume.array.dtype), geometry=geometry)
+
+
 def require_same_grid(image: Volume, mask: Mask) -> None:
     """Raise `UsageError`, with both grids, unless an image and a mask agree to within 0.1 mm."""
     if image.geometry.close_to(mask.geometry, tolerance_mm=0.1):

@@ -332,13 +332,46 @@ def test_a_small_field_of_view_is_fit_for_the_head_only():
     assert accepts(spec, (512, 512, 128), body)
 
 
-def test_a_mask_of_any_size_is_taken_where_the_model_pads():
-    nano, released = model("nano-ct"), model("rflow-ct")
-    spacing = (3.0, 3.0, 3.0)
-    assert accepts(nano, (97, 101, 33), spacing, own_mask=True)
-    assert not accepts(nano, (97, 101, 33), spacing)
-    assert not accepts(nano, (97, 101, 2 * nano.limits.size_max + 1), spacing, own_mask=True)
-    assert not accepts(released, (97, 101, 33), spacing, own_mask=True)
+TURNED = ((0.0, -1.5, 0.0, 10.0), (1.2, 0.0, 0.0, -20.0), (0.0, 0.0, 2.0, 5.0), (0.0, 0.0, 0.0, 1.0))
+
+
+@usual
+@given(
+    st.sampled_from(["nano-ct", "rflow-ct", "ddpm-ct"]),
+    st.tuples(*(st.integers(20, 700),) * 3),
+    st.tuples(*(st.floats(0.3, 6.0),) * 3),
+    st.booleans(),
+)
+def test_the_grid_on_which_a_mask_is_shown_is_one_of_the_models_and_cuts_nothing(name, size, spacing, turned):
+    spec = model(name)
+    geometry = Geometry(size=size, spacing=(1.2, 1.5, 2.0) if turned else spacing, affine_rows=TURNED if turned else None)
+    limits = spec.limits
+    try:
+        grid = spec.shown_on(geometry)
+    except UsageError:
+        largest = [max(limits.size_xy or (limits.size_max,))] * 2 + [max(limits.size_z or (limits.size_max,))]
+        most = [limits.spacing_xy_mm[1]] * 2 + [limits.spacing_z_mm[1]]
+        assert any(fov > n * mm for fov, n, mm in zip(geometry.fov_mm, largest, most, strict=True))
+        return
+    assert spec.valid_size(grid.size)
+    assert spec.shown_on(grid) == grid
+    assert all(new >= old - 1e-6 for new, old in zip(grid.fov_mm, geometry.fov_mm, strict=True))
+    for row, old in zip(grid.affine[:3], geometry.affine[:3], strict=True):
+        centre, before = (r[3] + sum(r[k] * (n[k] - 1) / 2 for k in range(3)) for r, n in ((row, grid.size), (old, geometry.size)))
+        half = max(geometry.spacing) if grid.spacing == geometry.spacing else 1e-6  # odd sizes are padded by whole voxels
+        assert centre == pytest.approx(before, abs=half)
+        assert [row[k] / grid.spacing[k] for k in range(3)] == pytest.approx([old[k] / geometry.spacing[k] for k in range(3)])
+
+
+def test_a_mask_is_padded_where_the_model_pads_and_resampled_elsewhere():
+    clinical = Geometry(size=(512, 512, 133), spacing=(0.7, 0.7, 2.5))
+    shown = model("rflow-ct").shown_on(clinical)
+    assert (shown.size, shown.spacing) == ((512, 512, 128), pytest.approx((0.7, 0.7, 332.5 / 128)))
+    assert model("nano-ct").shown_on(clinical).size == (128, 128, 128)
+    small = Geometry(size=(97, 101, 33), spacing=(3.0, 3.0, 3.0))
+    assert model("nano-ct").shown_on(small) == small.around((112, 112, 48))
+    fine = Geometry(size=(512, 512, 256), spacing=(0.4, 0.4, 0.4))  # the model's spacings begin at 0.5 mm: air around it
+    assert model("rflow-ct").shown_on(fine).fov_mm == pytest.approx((256, 256, 128))
 
 
 def test_modes_and_modalities_that_a_model_has_not_are_refused_with_what_has():

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from maisi_cli import generate, synthesis
+from maisi_cli import catalog, generate, synthesis
 from maisi_cli.cli import run
 from maisi_cli.errors import Rejected, UsageError
 from maisi_cli.manifest import read_manifest, resolve_all
 from maisi_cli.masks import NoMask
+from maisi_cli.settings import sample_id
 from maisi_cli.volumes import read_mask
 
 SMALL: dict[str, Any] = {"mode": "mask", "size": "64x64x64", "preview": False}
@@ -142,6 +143,34 @@ def test_a_later_row_that_cannot_be_made_is_refused_before_the_first_is_made(tmp
     with pytest.raises(UsageError, match=r"none\.nii\.gz"):
         generate(manifest=str(path), out=str(tmp_path / "run"), mode="mask", preview=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_masks_makes_an_image_for_each_and_each_can_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tmp_path / "masks"
+    list(generate(**SMALL, count=2, seed=3, name="case{index}", out=str(given)))
+    words = ["generate", "--mask", str(given), "--mode", "mask", "--seed", "5", "--tumor", "liver:30mm", "-q"]
+    assert run([*words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [sample["id"] for sample in samples] == ["case0_label", "case1_label"]
+    assert run(["generate", "--config", samples[1]["record"], "--out", str(tmp_path / "again"), "-q"]) == 0
+    again = Path(capsys.readouterr().out.splitlines()[0])
+    assert again.read_bytes() == Path(samples[1]["label"]).read_bytes()
+    assert again.read_bytes() != (given / "case1_label.nii.gz").read_bytes()  # it has a tumour of its own
+
+
+def test_several_images_of_each_mask_of_a_folder_are_numbered(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "b.nii", ".hidden.nii.gz", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    rows = resolve_all({"mask": str(tmp_path), "count": 2, "seed": 1})
+    assert [sample_id(row.settings, catalog.model(row.settings.model), 0) for row in rows] == ["a_0000", "a_0001", "b_0000", "b_0001"]
+    assert [row.index for row in rows] == [0, 1, 2, 3]
+    assert {row.settings.count for row in rows} == {1}
+    (tmp_path / "a.nii").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"holds a.nii and a.nii.gz"):
+        resolve_all({"mask": str(tmp_path)})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no label map"):
+        resolve_all({"mask": str(tmp_path / "empty")})
 
 
 def test_a_dry_run_shows_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

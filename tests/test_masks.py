@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -44,22 +45,22 @@ def test_a_mask_is_padded_to_a_grid_that_the_model_takes_and_comes_back_bit_for_
     mask = random_mask(size, seed, oblique=oblique)
     done = masks.conditioned(mask, NANO)
     assert done.mask is mask
-    assert NANO.valid_size(done.padded.geometry.size)
-    back = crop(done.padded, mask.geometry)
+    assert NANO.valid_size(done.shown.geometry.size)
+    back = crop(done.shown, mask.geometry)
     assert back.array.dtype == np.uint8
     assert np.array_equal(back.array, mask.array)
     assert back.geometry.close_to(mask.geometry)
-    assert np.array_equal(done.padded.counts()[1:], mask.counts()[1:])  # all that is new is background
-    before = np.array(mask.geometry.pad_before(done.padded.geometry.size))
+    assert np.array_equal(done.shown.counts()[1:], mask.counts()[1:])  # all that is new is background
+    before = np.array(mask.geometry.pad_before(done.shown.geometry.size))
     for corner in product(*((0, n - 1) for n in size)):
-        assert done.padded.array[tuple(corner + before)] == mask.array[corner]
-        assert np.allclose(world(done.padded.geometry, corner + before), world(mask.geometry, np.array(corner)))
+        assert done.shown.array[tuple(corner + before)] == mask.array[corner]
+        assert np.allclose(world(done.shown.geometry, corner + before), world(mask.geometry, np.array(corner)))
 
 
 @usual
 @given(SIZES)
 def test_no_smaller_grid_would_do(size):
-    padded = masks.conditioned(random_mask(size, 0), NANO).padded.geometry.size
+    padded = masks.conditioned(random_mask(size, 0), NANO).shown.geometry.size
     limits = NANO.limits
     for old, new in zip(size, padded, strict=True):
         assert new == limits.size_min or new - old < limits.multiple
@@ -67,13 +68,20 @@ def test_no_smaller_grid_would_do(size):
 
 def test_a_mask_on_a_grid_that_the_model_takes_is_not_touched():
     mask = random_mask((32, 48, 64), 1)
-    assert masks.conditioned(mask, NANO).padded is mask
+    assert masks.conditioned(mask, NANO).shown is mask
 
 
-def test_a_model_that_does_not_pad_names_its_nearest_sizes():
-    with pytest.raises(UsageError, match="rflow-ct cannot make 40x40x40") as caught:
-        masks.conditioned(random_mask((40, 40, 40), 0), model("rflow-ct"))
-    assert "256x256x128" in str(caught.value.hint)
+def test_a_model_that_does_not_pad_is_shown_the_mask_on_a_grid_of_its_own():
+    mask = Mask(array=random_mask((200, 190, 70), 0).array, geometry=Geometry(size=(200, 190, 70), spacing=(1.6, 1.7, 4.0)))
+    done = masks.conditioned(mask, model("rflow-ct"))
+    assert done.mask is mask
+    assert done.shown.geometry.size == (256, 256, 128)
+    assert done.shown.geometry.spacing == pytest.approx((323 / 256, 323 / 256, 280 / 128))
+    for voxel in np.random.default_rng(0).integers(0, (256, 256, 128), (200, 3)):  # each has the label at its own centre
+        place = np.linalg.inv(np.asarray(mask.geometry.affine)) @ np.append(world(done.shown.geometry, voxel), 1)
+        source = np.floor(place[:3] + 0.5).astype(int)
+        inside = bool(((source >= 0) & (source < mask.geometry.size)).all())
+        assert done.shown.array[tuple(voxel)] == (mask.array[tuple(source)] if inside else 0)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +176,56 @@ BOX = Geometry(size=(32, 32, 32), spacing=(12.0, 12.0, 12.0))
 
 def test_the_phantom_shows_the_regions_and_organs_that_are_asked_for_on_the_grid_that_is_asked_for():
     wanted = GenerateSettings(regions=("chest", "abdomen"), anatomy=("liver", "heart"))
-    mask = masks.phantom(wanted, BOX, 5)
+    mask = masks.phantom(wanted, BOX, 5).mask
     assert mask.geometry == BOX
     assert {maisi().id("liver"), maisi().id("heart"), BODY} <= set(mask.ids())
     assert all(value in maisi() for value in mask.ids())
     assert masks.conditioned(mask, NANO).top_region == 1
-    assert np.array_equal(masks.phantom(wanted, BOX, 5).array, mask.array)
-    assert not np.array_equal(masks.phantom(wanted, BOX, 6).array, mask.array)
+    assert np.array_equal(masks.phantom(wanted, BOX, 5).mask.array, mask.array)
+    assert not np.array_equal(masks.phantom(wanted, BOX, 6).mask.array, mask.array)
+
+
+def test_a_tumour_is_painted_into_the_organ_of_a_phantom_as_large_as_asked_and_into_no_other_voxel():
+    box = Geometry(size=(64, 64, 64), spacing=(6.0, 6.0, 6.0))
+    healthy = masks.phantom(GenerateSettings(regions=("abdomen",)), box, 5).mask
+    made = [masks.phantom(GenerateSettings(regions=("abdomen",), tumor="liver:40mm"), box, seed) for seed in (5, 5, 6)]
+    told = made[0].about["tumor"]
+    assert (told["requested"], told["name"], told["host"], told["components"], told["reached"]) == (
+        "liver:40mm",
+        "hepatic tumor",
+        "liver",
+        1,
+        True,
+    )
+    assert told["diameter_mm"] == pytest.approx(40, abs=0.5)
+    changed = made[0].mask.array != healthy.array
+    assert set(healthy.array[changed]) == {maisi().id("liver")}
+    assert set(made[0].mask.array[changed]) == {maisi().id("hepatic tumor")}
+    assert np.count_nonzero(changed) * 6**3 / 1000 == pytest.approx(told["volume_ml"])
+    assert np.array_equal(made[0].mask.array, made[1].mask.array)
+    assert not np.array_equal(made[0].mask.array, made[2].mask.array)
+
+
+def test_a_phantom_without_room_for_the_tumour_is_no_mask_and_one_without_its_organ_is_refused():
+    box = Geometry(size=(64, 64, 64), spacing=(6.0, 6.0, 6.0))
+    with pytest.raises(masks.NoMask, match="fits nowhere in its organ"):
+        masks.phantom(GenerateSettings(regions=("abdomen",), tumor="liver:190mm"), box, 0)
+    with pytest.raises(UsageError, match="no organ for lung tumor") as caught:
+        masks.phantom(GenerateSettings(regions=("head",), tumor="lung:20mm"), box, 0)
+    assert not isinstance(caught.value, masks.NoMask)
+
+
+def test_a_tumour_is_painted_into_ones_own_mask_that_has_none(tmp_path: Path):
+    array = np.full((40, 40, 40), BODY, np.uint8)
+    array[5:35, 5:35, 5:35] = 1
+    write_mask(Mask(array=array, geometry=Geometry(size=(40, 40, 40), spacing=(2.0, 2.0, 2.0))), tmp_path / "healthy.nii.gz")
+    settings = GenerateSettings(mask=str(tmp_path / "healthy.nii.gz"), tumor="liver:20mm")
+    made = masks.painted(masks.own(settings), settings, 3)
+    assert made.about["tumor"]["diameter_mm"] == pytest.approx(20, abs=0.3)
+    assert set(made.mask.ids()) == {1, 26, BODY}
+    write_mask(made.mask, tmp_path / "ill.nii.gz")
+    with pytest.raises(UsageError, match="has a hepatic tumor already"):
+        masks.own(replace(settings, mask=str(tmp_path / "ill.nii.gz")))
 
 
 @pytest.mark.parametrize("name", [label.name for label in maisi().labels if label.group in ("tumor", "cyst", "dummy")])
@@ -193,6 +244,6 @@ def test_the_phantom_refuses_organs_of_other_regions_and_a_run_without_a_volume(
 @usual
 @given(SIZES, st.integers(0, 50))
 def test_padding_twice_is_padding_once(size, seed):
-    once = masks.conditioned(random_mask(size, seed), NANO).padded
+    once = masks.conditioned(random_mask(size, seed), NANO).shown
     assume(once.geometry.size != size)
-    assert masks.conditioned(once, NANO).padded is once
+    assert masks.conditioned(once, NANO).shown is once

@@ -220,7 +220,21 @@ def test_a_mask_of_ones_own_brings_the_geometry_or_none():
     resolved = resolve({"model": "nano-ct", "mask": "case.nii.gz", "device": "cpu"}, environment={})
     assert planning.plan(resolved).geometry is None
     grid = Geometry(size=(97, 101, 33), spacing=(3.0, 3.0, 3.0))
-    assert planning.plan(resolved, geometry=grid).geometry == grid
+    made = planning.plan(resolved, geometry=grid)
+    assert made.geometry == grid
+    assert not any("is shown to" in warning for warning in made.warnings)  # padded, voxel by voxel
+
+
+def test_a_mask_that_must_be_resampled_is_said_so_and_planned_on_the_grid_of_the_model():
+    resolved = resolve({"model": "rflow-ct", "mask": "case.nii.gz", "gpu": "80g"}, environment={})
+    grid = Geometry(size=(512, 512, 133), spacing=(0.7, 0.7, 2.5))
+    made = planning.plan(resolved, geometry=grid)
+    assert made.geometry == grid
+    assert made.stages[1].peak_gib == planning.plan(resolve({"model": "rflow-ct", "size": "512x512x128", "spacing": "0.7x0.7x2.6",
+                                                             "gpu": "80g"}, environment={})).stages[1].peak_gib  # fmt: skip
+    (said,) = [warning for warning in made.warnings if "is shown to" in warning]
+    assert "case.nii.gz (512x512x133 voxels at 0.7x0.7x2.5 mm" in said
+    assert "rflow-ct on 512x512x128 voxels at 0.7x0.7x2.598 mm" in said
 
 
 def test_a_plan_is_plain_data():

@@ -17,9 +17,9 @@ from maisi_cli.geometry import Geometry
 from maisi_cli.hookspecs import Register, hookimpl
 from maisi_cli.plugins import load
 from maisi_cli.record import sha256_of
-from maisi_cli.settings import GenerateSettings
+from maisi_cli.settings import GenerateSettings, resolve
 from maisi_cli.testing import tiny_model
-from maisi_cli.volumes import Mask, Sample, write_mask
+from maisi_cli.volumes import Mask, Sample, read_mask, write_mask
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,11 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+SMALL = {"size": "32x32x32", "spacing": "12x12x12", "seed": 5, "out": "run", "on_qc_fail": "keep", "name": "s{index}", "preview": False}
+
+
 def make(model: str, **values: Any) -> list[Sample]:
-    settings = {"model": model, "size": "32x32x32", "spacing": "12x12x12", "seed": 5, "out": "run", "on_qc_fail": "keep",
-                "name": "s{index}", "preview": False, **values}  # fmt: skip
-    return list(synthesis.generate(**settings))
+    return list(synthesis.generate(**{**SMALL, "model": model, **values}))
 
 
 def test_a_sample_has_files_that_agree(model: str) -> None:
@@ -183,6 +184,46 @@ def test_a_mask_of_ones_own_keeps_its_grid(model: str) -> None:
     assert stored.shape == given.shape
     assert np.allclose(stored.affine, given.affine, atol=1e-5)
     assert np.array_equal(np.asarray(nibabel.load(sample.paths["label"]).dataobj), np.asarray(given.dataobj))
+
+
+def test_an_image_for_a_mask_on_a_grid_that_the_model_does_not_take_lies_on_the_masks_own_grid(model: str) -> None:
+    mask = own_mask(Path("fine.nii.gz"), (150, 90, 41))  # the model takes at most 64 voxels
+    told: list[Any] = []
+    values = {"size": None, "spacing": None, "mask": "fine.nii.gz", "allow_ood": True}
+    settings = resolve({**SMALL, **values, "model": model})
+    (sample,) = synthesis.generate(settings, on_event=told.append)
+    assert sample.image is not None
+    assert sample.image.geometry.close_to(mask.geometry)
+    assert np.array_equal(nibabel.load(sample.paths["image"]).affine, nibabel.load("fine.nii.gz").affine)
+    assert np.all(sample.image.array[mask.array == 0] == -1000)
+    assert sample.record["mask"]["shown_on"] == {
+        "size": [64, 64, 48],
+        "spacing_mm": pytest.approx([150 * 7 / 64, 90 * 7 / 64, 41 * 8 / 48]),
+    }
+    assert sum("is shown to tiny on 64x64x48" in getattr(event, "text", "") for event in told) == 1
+
+
+def test_a_tumour_painted_into_ones_own_mask_is_another_one_for_every_sample(model: str) -> None:
+    mask = own_mask(Path("case.nii.gz"))
+    samples = make(model, size=None, spacing=None, mask="case.nii.gz", tumor="liver:30mm", mode="mask", count=2)
+    labels = [read_mask(sample.paths["label"]).array for sample in samples]
+    for label, sample in zip(labels, samples, strict=True):
+        assert set(mask.array[label != mask.array]) == {1}
+        assert set(label[label != mask.array]) == {26}
+        assert sample.record["mask"]["tumor"]["reached"]
+    assert not np.array_equal(*labels)
+    again = make(model, size=None, spacing=None, mask="case.nii.gz", tumor="liver:30mm", mode="mask", count=2, shard="2/2", out="again")
+    assert np.array_equal(read_mask(again[0].paths["label"]).array, labels[1])
+
+
+def test_a_sample_whose_last_format_fails_leaves_no_files(model: str, text_format: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise CannotRun("the disk is full", hint="free some")
+
+    monkeypatch.setattr(synthesis, "preview", fails)
+    with pytest.raises(CannotRun, match="the disk is full"):
+        make(model, format="nifti,text", preview=True, keep_latent=True)
+    assert not any(path.is_file() for path in Path("run").rglob("*"))
 
 
 def test_modes(model: str) -> None:

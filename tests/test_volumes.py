@@ -19,6 +19,7 @@ from maisi_cli.volumes import (
     Volume,
     crop,
     describe,
+    onto,
     pad,
     read_image,
     read_mask,
@@ -333,6 +334,32 @@ def test_crop_undoes_pad(size, multiple):
     before = mask.geometry.pad_before(wider.geometry.size)
     moved = np.asarray(wider.geometry.affine) @ [*before, 1]
     assert np.allclose(moved, np.asarray(mask.geometry.affine)[:, 3])
+
+
+@pytest.mark.parametrize("size", [(9, 14, 20), (25, 10, 33)])
+def test_a_volume_put_on_another_grid_keeps_what_is_linear_in_the_world(size):
+    own = Geometry(size=size, spacing=(1.5, 0.8, 2.0), affine_rows=((0, -0.8, 0, 7), (1.5, 0, 0, -3), (0, 0, 2, 11), (0, 0, 0, 1)))
+    fov = own.fov_mm
+    shown = own.regridded((16, 16, 16), (fov[0] / 16, fov[1] / 16, fov[2] / 16))
+
+    def ramp(geometry):
+        at = np.stack(np.meshgrid(*(np.arange(n) for n in geometry.size), indexing="ij"), -1) @ np.asarray(geometry.affine)[:3, :3].T
+        return ((at + np.asarray(geometry.affine)[:3, 3]) @ np.array([3.0, -2.0, 5.0])).astype(np.float32)
+
+    back = onto(Volume(array=ramp(shown), geometry=shown), own)
+    assert back.geometry == own
+    inside = (slice(2, -2),) * 3  # the outermost voxels may lie beyond the centres of the other grid
+    assert np.allclose(back.array[inside], ramp(own)[inside], atol=1e-3)
+    assert back.array.min() >= ramp(shown).min()
+    assert back.array.max() <= ramp(shown).max()
+
+
+def test_a_volume_is_put_on_its_own_grid_without_a_copy_and_cropped_where_voxels_agree():
+    own = Geometry(size=(10, 11, 12), spacing=(2.0, 2.0, 3.0))
+    array = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
+    wide = Volume(array=array, geometry=own.around((16, 16, 16)))
+    assert onto(wide, wide.geometry) is wide
+    assert np.array_equal(onto(wide, own).array, array[3:13, 2:13, 2:14])
 
 
 def test_pad_fills_with_the_background_of_the_modality():

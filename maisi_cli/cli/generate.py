@@ -33,7 +33,7 @@ def generate(
     mode: Annotated[str | None, _option("--mode", panel=_WHAT, metavar="paired|image|mask", text="Image and mask, image alone, or mask alone.  [default: paired]")] = None,
     modality: Annotated[str | None, _option("--modality", panel=_WHAT, metavar="NAME", text="Modality by name.  [default: the preset's]")] = None,
     anatomy: Annotated[str | None, _option("--anatomy", panel=_WHAT, metavar="A,B", text="Organs that the mask must contain.")] = None,
-    mask: Annotated[Path | None, _option("--mask", panel=_WHAT, metavar="FILE", text="A label map of your own; the image is made on its grid.")] = None,
+    mask: Annotated[Path | None, _option("--mask", panel=_WHAT, metavar="FILE|DIR", text="A label map of your own, or a folder of them; the image lies on its grid.")] = None,
     labels: Annotated[str | None, _option("--labels", panel=_WHAT, metavar="NAME|FILE", text="Vocabulary of --mask, such as totalsegmentator.  [default: maisi]")] = None,
     mask_source: Annotated[str | None, _option("--mask-source", panel=_WHAT, metavar="NAME", text="Where masks come from: auto, file, database, diffusion or phantom.")] = None,
     mask_database: Annotated[Path | None, _option("--mask-database", panel=_WHAT, metavar="INDEX.json", text="A database of masks of your own, in the released layout.")] = None,
@@ -95,7 +95,7 @@ def generate(
     repeated, index = (None, None) if config is None else _recorded(config, flags)
     resolved = resolve_all(flags, assignments=set_ or [], config=repeated, index=index)
     if dry_run:
-        one = resolved[0].settings.manifest is None
+        one = len(resolved) == 1 and resolved[0].settings.manifest is None
         raise typer.Exit(_dry_run(resolved[0], as_json=as_json) if one else _dry_run_rows(resolved, as_json=as_json))
     with output.events() as on_event:
         from .. import synthesis
@@ -109,12 +109,13 @@ def generate(
 
 
 def _recorded(config: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """Return the settings of a record, and its index where it was a row of a manifest: then that one sample is repeated.
+    """Return the settings of a record, and its index where it was a row of a manifest or folder: then that one sample is repeated.
 
     Not taken over is what depends on the place it ran at, the volume where another one is asked for, and what came from
     a preset or model where another one is named.
     """
     from .. import record
+    from ..settings import MANIFEST_ROW, MASK_FOLDER
 
     made = record.read(config)
     found = record.settings_of(made)
@@ -124,9 +125,10 @@ def _recorded(config: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], int 
     if flags["mask"] is not None:
         left_out |= {"regions", "mask_source"}
     if any(flags[key] is not None for key in ("preset", "model", "gpu")):
-        given = ("command line", "--set", "environment", "maisi.toml", "user config", "drawn", "record", "manifest")
+        given = ("command line", "--set", "environment", "maisi.toml", "user config", "drawn", "record", MANIFEST_ROW, MASK_FOLDER)
         left_out |= {key for key, entry in made["settings"].items() if not str(entry.get("origin")).startswith(given)}
-    index = made["index"] if found.get("manifest") is not None and flags["manifest"] is None else None
+    of_a_row = str(made["settings"]["name"].get("origin")).startswith((MANIFEST_ROW, MASK_FOLDER))
+    index = made["index"] if of_a_row and flags["manifest"] is None else None
     return {key: value for key, value in found.items() if key not in left_out}, index
 
 
@@ -142,8 +144,12 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
 
         geometry = masks.own(chosen, spec=catalog.model(chosen.model)).geometry
     plan = planning.plan(resolved, geometry=geometry)
+    spec = catalog.model(chosen.model)
+    if chosen.scheduler != spec.scheduler.get("name", "rflow"):
+        from .. import sampling
+
+        sampling.require_family(spec, chosen.scheduler)
     try:
-        spec = catalog.model(chosen.model)
         settings.require_weights(spec, chosen.mode)
         if spec.parts_for(chosen.mode):
             _require_device(chosen, plan)

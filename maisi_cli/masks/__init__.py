@@ -6,7 +6,7 @@ such functions (see `sources`); the mask is in the MAISI vocabulary, on a grid o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +16,24 @@ from ..catalog import ModelSpec
 from ..errors import UsageError
 from ..events import Note, OnEvent, ignore
 from ..geometry import Geometry
+from ..lesions import NoRoom, place
+from ..seeds import derive
 from ..settings import GenerateSettings
 from ..volumes import Mask, pad, read_mask
 from .fitting import fit, suggested
 from .sources import Made, NoMask, Source, choose, open_source
+from .tumors import Best, aim_of
 
 __all__ = ["Conditioned", "Made", "NoMask", "Source", "choose", "conditioned", "from_file", "load_mask", "map_labels", "open_source", "own",
-           "phantom", "renumbered"]  # fmt: skip
+           "painted", "phantom", "renumbered"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioned:
-    """A mask as the networks take it: padded to their grid, with the body regions that it shows."""
+    """A mask, the same on the grid on which the networks are `shown` it, and the body regions that it shows."""
 
     mask: Mask
-    padded: Mask
+    shown: Mask
     top_region: int | None
     bottom_region: int | None
 
@@ -48,6 +51,8 @@ def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, 
 def own(settings: GenerateSettings, *, spec: ModelSpec | None = None, on_event: OnEvent = ignore) -> Mask:
     """Read the user's mask as `from_file` does, and refuse one without an organ of `settings.anatomy`.
 
+    For `settings.tumor` it must be free of tumours: `painted` adds the one that is asked for.
+
     In compatibility a mask on a grid that the model `spec` does not take is resampled to one that it takes, which is said.
     """
     mask = from_file(settings, None, 0, on_event=on_event)
@@ -55,6 +60,11 @@ def own(settings: GenerateSettings, *, spec: ModelSpec | None = None, on_event: 
     missing = [name for name in settings.anatomy if maisi().id(name) not in present]
     if missing:
         raise UsageError(f"{settings.mask} has no {', '.join(missing)}", hint="leave it out of --anatomy, or give another mask")
+    there = [tumor.name for tumor in maisi().tumors() if tumor.id in present]
+    if settings.tumor and there:
+        raise UsageError(f"{settings.mask} has a {there[0]} already, and the networks know masks with one tumour",
+                         hint="leave --tumor out, or take it out of the mask first")  # fmt: skip
+    aim_of(settings)
     if settings.compat == "reference" and spec is not None and spec.limits.size_xy:
         target = suggested(mask.geometry, spec)
         if target != mask.geometry:
@@ -99,8 +109,28 @@ def map_labels(mask: Mask, source: str, target: str = "maisi", *, on_event: OnEv
     return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary=target)
 
 
-def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
-    """Paint a procedural body on `geometry` that shows the settings' regions and holds the requested organs."""
+def painted(mask: Mask, settings: GenerateSettings, seed: int) -> Made:
+    """Return a mask with the tumour that the settings ask for painted into its organ, and what the record says of it.
+
+    Without such a request the mask stays as it is. Raises `UsageError` for a mask without that organ, a relative size, and a
+    tumour that fits nowhere.
+    """
+    aim = aim_of(settings)
+    if aim is None or aim.request is None:
+        return Made(mask=mask)
+    labels = place(mask.array, aim.request, seed=derive(seed, 0, 0, "tumour"), spacing_mm=mask.geometry.spacing)
+    best = Best(aim=aim)
+    best.offer(replace(mask, array=labels), {})
+    assert best.mask is not None
+    return Made(mask=best.mask, about=best.record())
+
+
+def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Made:
+    """Paint a procedural body on `geometry` that shows the settings' regions and holds the requested organs.
+
+    A tumour that is asked for by size is painted into its organ. Raises `UsageError` for what no phantom has, `NoMask` where
+    this one has no room for the tumour.
+    """
     from ..phantom import body
 
     if geometry is None:
@@ -108,13 +138,20 @@ def phantom(settings: GenerateSettings, geometry: Geometry | None, seed: int, *,
     wanted = [maisi().id(name) for name in settings.anatomy]
     never = [label for label in wanted if maisi().get(label).group in ("tumor", "cyst", "dummy")]  # type: ignore[union-attr]
     if never:
-        raise UsageError(f"the phantom has no {maisi().name_of(never[0])}", hint="give a mask that has it:  --mask FILE")
+        raise UsageError(f"the phantom has no {maisi().name_of(never[0])} of its own",
+                         hint="ask for one by size, such as --tumor liver:15mm, or give a mask that has it:  --mask FILE")  # fmt: skip
     mask = body(geometry, seed, regions=settings.regions or ("chest", "abdomen"))
     missing = [maisi().name_of(label) for label in wanted if label not in mask.ids()]
     if missing:
         raise UsageError(f"no {', '.join(missing)} in this volume of {', '.join(settings.regions)}",
                          hint="choose a --preset of the region it lies in, or a larger --fov")  # fmt: skip
-    return mask
+    try:
+        return painted(mask, settings, seed)
+    except NoRoom as error:
+        raise NoMask(error.message, hint=error.hint) from error
+
+
+phantom.honours = from_file.honours = frozenset({"tumor"})  # type: ignore[attr-defined]
 
 
 def renumbered(mask: Mask, settings: GenerateSettings) -> Mask:
@@ -132,12 +169,13 @@ def renumbered(mask: Mask, settings: GenerateSettings) -> Mask:
 
 
 def conditioned(mask: Mask, spec: ModelSpec) -> Conditioned:
-    """Pad a mask to a grid that the model's networks take; nothing is resampled."""
-    padded = mask
-    if not spec.valid_size(mask.geometry.size):
-        if not spec.limits.pads:
-            spec.check(mask.geometry, modality=spec.modality, mode="paired", allow_ood=True)
-        size = tuple(max(spec.limits.size_min, n) for n in mask.geometry.padded(spec.limits.multiple).size)
-        padded = pad(mask, size, fill=0)  # type: ignore[arg-type]
+    """Put a mask on the grid on which the model's networks are shown it (`ModelSpec.shown_on`)."""
+    grid = spec.shown_on(mask.geometry)
+    if grid == mask.geometry:
+        shown_mask = mask
+    elif grid.spacing == mask.geometry.spacing:
+        shown_mask = pad(mask, grid.size, fill=0)
+    else:
+        shown_mask = fit(mask, grid)
     shown = regions_of(mask.ids())
-    return Conditioned(mask=mask, padded=padded, top_region=shown[0] if shown else None, bottom_region=shown[1] if shown else None)
+    return Conditioned(mask=mask, shown=shown_mask, top_region=shown[0] if shown else None, bottom_region=shown[1] if shown else None)

@@ -12,6 +12,7 @@ import random
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,12 +58,22 @@ def read_index(path: Path, *, compat: bool = False) -> list[Entry]:
     A part of the released entries lists no regions: they are those that the labels show, and with `compat` none.
     """
     try:
+        about = path.stat()
+    except OSError as error:
+        raise UsageError(f"the mask database {path} cannot be read: {error}", hint="give the JSON index of the masks") from error
+    return list(_entries(path, compat, (about.st_mtime_ns, about.st_size)))
+
+
+@lru_cache(maxsize=4)
+def _entries(path: Path, compat: bool, version: tuple[int, int]) -> tuple[Entry, ...]:
+    """Read an index; the rows of a manifest share what one of them read, while the file stays the same `version`."""
+    try:
         rows = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"the mask database {path} cannot be read: {error}", hint="give the JSON index of the masks") from error
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path} is not the index of a mask database", hint="give the JSON list of the masks, candidate_masks_*.json")
-    return [_entry(row, number, path, compat) for number, row in enumerate(rows)]
+    return tuple(_entry(row, number, path, compat) for number, row in enumerate(rows))
 
 
 def _entry(row: Any, number: int, path: Path, compat: bool) -> Entry:

@@ -26,7 +26,7 @@ from .sources import MASK_PARTS, SIZES, Made, NoMask, Wanted, data_file, require
 from .tumors import Best, aim_of
 
 if TYPE_CHECKING:
-    from ..networks import Networks
+    from ..networks import Loaded, Networks
     from .sizes import Vector
 
 VOXEL_MM = 1.5  # of generated masks
@@ -43,7 +43,9 @@ class Diffusion:
     honours = frozenset({"anatomy_size", "tumor", "mask_steps"})
     parts = MASK_PARTS
 
-    def __init__(self, settings: GenerateSettings, spec: ModelSpec, *, device: str = "cpu", dtype: str = "fp32") -> None:
+    def __init__(
+        self, settings: GenerateSettings, spec: ModelSpec, *, device: str = "cpu", dtype: str = "fp32", loaded: Loaded | None = None
+    ) -> None:
         if any(part not in spec.networks for part in MASK_PARTS):
             raise UsageError(f"model {spec.name} has no mask networks", hint="use another --mask-source, or --model rflow-ct")
         self.spec, self.device, self.dtype = spec, device, dtype
@@ -62,6 +64,7 @@ class Diffusion:
         self.present = anatomy_sizes.slots_of(self.wanted.organs)
         anatomy_sizes.condition(self.vectors, self._told(None), present=self.present)  # refuses here what no patient has
         self.latent = tuple(int(n) for n in spec.mask_scheduler.get("latent_size", (LATENT,) * 3))
+        self._loaded = loaded
         self._networks: Networks | None = None
 
     @property
@@ -139,15 +142,16 @@ class Diffusion:
         return Mask(array=array, geometry=Geometry(size=array.shape, spacing=(VOXEL_MM,) * 3))  # type: ignore[arg-type]
 
     def _load(self, on_event: OnEvent) -> Networks:
-        if self._networks is None:
-            from .. import networks, weights
+        from .. import networks, weights
 
+        def load() -> Networks:
             device = networks.device_named(self.device)
             on_event(Stage(name="load", detail=f"mask networks of {self.spec.name} on {device}"))
             precision = networks.Precision.named(self.dtype, device)
-            self._networks = networks.load(
-                self.spec, MASK_PARTS, device=device, precision=precision, files=weights.locate(self.spec, MASK_PARTS)
-            )
+            return networks.load(self.spec, MASK_PARTS, device=device, precision=precision, files=weights.locate(self.spec, MASK_PARTS))
+
+        self._loaded = self._loaded or networks.Loaded()
+        self._networks = self._loaded.get("mask", (self.spec.path, self.device, self.dtype), load)
         return self._networks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..anatomy import BODY, maisi, region_index
 from ..catalog import ModelSpec
@@ -16,6 +16,9 @@ from ..plugins import plugins
 from ..settings import GenerateSettings
 from ..volumes import Mask
 from .sizes import parse
+
+if TYPE_CHECKING:
+    from ..networks import Loaded
 
 
 class NoMask(Rejected):
@@ -91,11 +94,13 @@ SPECIAL = {"anatomy_size": "--anatomy-size", "tumor": "--tumor", "mask_steps": "
 
 
 def open_source(
-    name: str, settings: GenerateSettings, spec: ModelSpec, *, device: str = "cpu", dtype: str = "fp32", typed: frozenset[str] = frozenset()
-) -> Source:
+    name: str, settings: GenerateSettings, spec: ModelSpec, *, device: str = "cpu", dtype: str = "fp32",
+    typed: frozenset[str] = frozenset(), loaded: Loaded | None = None,
+) -> Source:  # fmt: skip
     """Return a registered source, ready for a run; a class is made with the settings and the model.
 
-    `typed` are the settings that the user gave. Raises `UsageError` for those among them that the source does not
+    `typed` are the settings that the user gave; `loaded` holds networks for sources that load some (those with `parts`), so
+    that the rows of a manifest share them. Raises `UsageError` for those among them that the source does not
     honour, and whatever the source finds wrong.
     """
     target: Any = plugins().registry("mask_sources").get(name)
@@ -109,7 +114,9 @@ def open_source(
         raise UsageError(f"--cfg-tumor needs masks with a tumour, and none is asked of the mask source {name}",
                          hint="add --tumor liver:15mm, or give a mask that has one:  --mask FILE")  # fmt: skip
     if isinstance(target, type):
-        source: Source = target(settings, spec, device=device, dtype=dtype)
+        parts: Collection[str] = getattr(target, "parts", ())
+        share = {"loaded": loaded} if loaded is not None and parts else {}
+        source: Source = target(settings, spec, device=device, dtype=dtype, **share)
         return source
     return target  # type: ignore[no-any-return]
 
@@ -117,7 +124,7 @@ def open_source(
 def _may_have_tumor(name: str, honours: Collection[str], settings: GenerateSettings) -> bool:
     from .tumors import aim_of
 
-    return aim_of(settings, parse(settings.anatomy_size)) is not None if "tumor" in honours else name != "phantom"
+    return name == "file" or "tumor" not in honours or aim_of(settings, parse(settings.anatomy_size)) is not None
 
 
 def choose(settings: GenerateSettings, spec: ModelSpec | None = None) -> tuple[str, str]:
@@ -137,7 +144,7 @@ def choose(settings: GenerateSettings, spec: ModelSpec | None = None) -> tuple[s
         return "phantom", ""
     generated = all(any(weight.part == part and spec.weight_path(weight).is_file() for weight in spec.weights) for part in MASK_PARTS)
     stored = database_installed(spec)
-    if settings.anatomy_size or (settings.tumor and (generated or not stored)):
+    if settings.anatomy_size or (settings.tumor and generated):
         return "diffusion", "masks come from the mask diffusion: it alone makes the sizes that are asked for"
     if stored:
         return "database", f"masks come from the mask database of {spec.name}"
