@@ -91,7 +91,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Everything that is known about a model before a network is loaded."""
+    """Everything that is known about a model before a network is loaded.
+
+    `lesions` says whether masks held tumours and cysts in training: a model that never saw any is shown the organ instead.
+    """
 
     name: str
     summary: str
@@ -110,6 +113,7 @@ class ModelSpec:
     latent_factor: int = 4
     bundled: bool = False
     max_volume: str = ""
+    lesions: bool = True
 
     @property
     def latent_channels(self) -> int:

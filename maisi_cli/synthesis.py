@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from . import decoding, masks, networks, planning, quality, record, sampling, weights
+from .anatomy import maisi
 from .catalog import ModelSpec
 from .catalog import modality as find_modality
 from .catalog import model as find_model
@@ -248,6 +249,10 @@ class _Run:
         grid = mask.geometry if mask is not None else settings.geometry()
         fitted = masks.conditioned(mask, self.spec) if mask is not None else None
         inner = fitted.shown.geometry if fitted else grid
+        if fitted and fitted.hidden:
+            names = ", ".join(map(maisi().name_of, fitted.hidden))
+            self.tell(Note(text=f"{job.id}: {self.spec.name} never saw a {names}: the image shows the organ instead", level="warning"))
+            about = {**about, "not_drawn": list(fitted.hidden)}
         nets = self._load()
         with clock("denoise"):
             latent = self._denoise(nets, inner, fitted, seed)

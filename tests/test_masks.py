@@ -84,6 +84,17 @@ def test_a_model_that_does_not_pad_is_shown_the_mask_on_a_grid_of_its_own():
         assert done.shown.array[tuple(voxel)] == (mask.array[tuple(source)] if inside else 0)
 
 
+def test_a_model_that_never_saw_lesions_is_shown_the_organ_instead():
+    array = np.full((32, 32, 32), 1, np.uint8)
+    array[10:14, 10:14, 10:14] = 26
+    mask = Mask(array=array, geometry=Geometry(size=(32, 32, 32), spacing=(8.0, 8.0, 8.0)))
+    done = masks.conditioned(mask, NANO)
+    assert (done.hidden, done.shown.ids()) == ((26,), (1,))
+    assert done.mask is mask
+    seen = masks.conditioned(mask, replace(NANO, lesions=True))
+    assert (seen.hidden, seen.shown is mask) == ((), True)
+
+
 @pytest.mark.parametrize(
     ("ids", "top", "bottom"),
     [((1, 28), 1, 2), ((22,), 0, 0), ((93, 120), 0, 3), ((4,), 2, 2), ((62, 115), None, None)],

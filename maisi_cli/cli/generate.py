@@ -226,7 +226,7 @@ def _require_masks(resolved: Any, spec: Any) -> None:
     typed = resolved.typed()
     asked = any((chosen.mask_database, chosen.anatomy_size, chosen.tumor, chosen.mask_source not in ("auto", "phantom"),
                  typed & {"mask_steps", "cfg_tumor"}, chosen.anatomy and not spec.bundled))  # fmt: skip
-    if chosen.mode == "image" or chosen.mask is not None or (spec.bundled and not asked):
+    if chosen.mode == "image" or (spec.bundled and not asked):
         return
     from .. import masks
 

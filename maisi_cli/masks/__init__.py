@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..events import Note, OnEvent, ignore
 from ..geometry import Geometry
 from ..lesions import NoRoom, place
+from ..repair import lesions_of, without_lesions
 from ..seeds import derive
 from ..settings import GenerateSettings
 from ..volumes import Mask, pad, read_mask
@@ -30,12 +31,16 @@ __all__ = ["Conditioned", "Made", "NoMask", "Source", "choose", "conditioned", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioned:
-    """A mask, the same on the grid on which the networks are `shown` it, and the body regions that it shows."""
+    """A mask, the same on the grid on which the networks are `shown` it, and the body regions that it shows.
+
+    `hidden` are the lesions that the networks never saw, and are shown the organ instead of.
+    """
 
     mask: Mask
     shown: Mask
-    top_region: int | None
-    bottom_region: int | None
+    hidden: tuple[int, ...] = ()
+    top_region: int | None = None
+    bottom_region: int | None = None
 
 
 def from_file(settings: GenerateSettings, geometry: Geometry | None, seed: int, *, on_event: OnEvent = ignore) -> Mask:
@@ -177,5 +182,8 @@ def conditioned(mask: Mask, spec: ModelSpec) -> Conditioned:
         shown_mask = pad(mask, grid.size, fill=0)
     else:
         shown_mask = fit(mask, grid)
-    shown = regions_of(mask.ids())
-    return Conditioned(mask=mask, shown=shown_mask, top_region=shown[0] if shown else None, bottom_region=shown[1] if shown else None)
+    hidden = () if spec.lesions else lesions_of(shown_mask.array)
+    if hidden:
+        shown_mask = replace(shown_mask, array=without_lesions(shown_mask.array))
+    regions = regions_of(mask.ids()) or (None, None)
+    return Conditioned(mask=mask, shown=shown_mask, hidden=hidden, top_region=regions[0], bottom_region=regions[1])

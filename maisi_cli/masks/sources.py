@@ -113,12 +113,23 @@ def open_source(
     if settings.cfg_tumor and "cfg_tumor" in typed and not _may_have_tumor(name, honours, settings):
         raise UsageError(f"--cfg-tumor needs masks with a tumour, and none is asked of the mask source {name}",
                          hint="add --tumor liver:15mm, or give a mask that has one:  --mask FILE")  # fmt: skip
+    if settings.mode == "paired" and not spec.lesions:
+        _require_no_tumor(settings, spec)
     if isinstance(target, type):
         parts: Collection[str] = getattr(target, "parts", ())
         share = {"loaded": loaded} if loaded is not None and parts else {}
         source: Source = target(settings, spec, device=device, dtype=dtype, **share)
         return source
     return target  # type: ignore[no-any-return]
+
+
+def _require_no_tumor(settings: GenerateSettings, spec: ModelSpec) -> None:
+    from .tumors import aim_of
+
+    aim = aim_of(settings, parse(settings.anatomy_size))
+    if aim is not None:
+        raise UsageError(f"{spec.name} never saw a {maisi().name_of(aim.tumor)}: its image would not show it",
+                         hint="use --model rflow-ct, or --mode mask for the label map alone")  # fmt: skip
 
 
 def _may_have_tumor(name: str, honours: Collection[str], settings: GenerateSettings) -> bool:
