@@ -687,7 +687,7 @@ def test_compatibility_numbers_labels_as_the_reference(whole: dict[str, Any]) ->
         (["--anatomy-size", "liver"], 2, "write it like liver=0.5"),
         (["--anatomy-size", "liver=-2"], 2, "write it like liver=0.5"),
         (["--tumor", "liver:15mm"], 2, "nano-ct never saw a hepatic tumor"),
-        (["--tumor", "hepatic tumor=0.3", "--mode", "mask"], 2, "a relative size"),
+        (["--tumor", "hepatic tumor=0.3", "--mode", "mask"], 2, "phantom knows no relative sizes"),
         (["--tumor", "liver"], 2, "has no size"),
         (["--tumor", "liver:15mm", "--mode", "image"], 2, "--mode image makes no mask"),
         (["--mask-steps", "20"], 2, "the mask source phantom cannot honour --mask-steps"),

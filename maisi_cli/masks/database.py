@@ -152,9 +152,6 @@ class Database:
         self.index = index_of(settings, spec)
         self.compat = settings.compat == "reference"
         self.aim = aim_of(settings)
-        if self.aim and self.aim.request and self.aim.request.unit == "relative":
-            raise UsageError(f"the mask database knows no relative sizes such as {self.aim.request}",
-                             hint="give the size in mm or ml, or use --mask-source diffusion")  # fmt: skip
         self.wanted = Wanted.of(settings, {self.aim.tumor} if self.aim else ())
         entries = read_index(self.index, compat=self.compat)
         found = suitable(entries, self.wanted)

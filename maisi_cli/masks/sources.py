@@ -14,6 +14,7 @@ from ..events import OnEvent
 from ..geometry import Geometry
 from ..plugins import plugins
 from ..settings import GenerateSettings
+from ..tumors import parse_request
 from ..volumes import Mask
 from .sizes import parse
 
@@ -113,6 +114,9 @@ def open_source(
     if settings.cfg_tumor and "cfg_tumor" in typed and not _may_have_tumor(name, honours, settings):
         raise UsageError(f"--cfg-tumor needs masks with a tumour, and none is asked of the mask source {name}",
                          hint="add --tumor liver:15mm, or give a mask that has one:  --mask FILE")  # fmt: skip
+    if settings.tumor and "anatomy_size" not in honours and (request := parse_request(settings.tumor)).unit == "relative":
+        raise UsageError(f"the mask source {name} knows no relative sizes such as {request}",
+                         hint="give the size in mm or ml, or use --mask-source diffusion")  # fmt: skip
     if settings.mode == "paired" and not spec.lesions:
         _require_no_tumor(settings, spec)
     if isinstance(target, type):
