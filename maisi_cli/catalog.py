@@ -214,6 +214,8 @@ class ModelSpec:
             problems.append(f"field of view {fov:.0f} mm across is below the {limits.fov_xy_good_mm:g} mm of body scans in training")
         if problems and not allow_ood:
             need = limits.fov_xy_min_mm if head else max(limits.fov_xy_min_mm, limits.fov_xy_good_mm)
+            if own_mask:
+                raise UsageError(problems[0], hint=f"give a mask of {need:g} mm across or more, or --allow-ood")
             wider = max(_up(need / size[0]), _up(need / size[1]))
             raise UsageError(problems[0], hint=f"use --spacing {wider:.4g}x{wider:.4g}x{geometry.spacing[2]:.4g} or larger, or --allow-ood")
         return problems
