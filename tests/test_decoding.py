@@ -185,7 +185,7 @@ def test_intensities_become_hu_or_mr_units(modality: str, wanted: list[float]) -
 
 @pytest.mark.parametrize("step", [0.1, 0.5, 1.0])
 def test_hu_are_computed_in_single_precision(step: float) -> None:
-    """Half precision knows 3027 values of HU, up to 1 apart and off by up to 0.9; ours tells tenths apart (number 38)."""
+    """Half precision knows 3027 values of HU, up to 1 apart and off by almost as much; ours tells tenths apart (number 38)."""
     hu = torch.arange(-1000, 1000, step, dtype=torch.float64)
     made = to_hu(((hu + 1000) / 2000).float().reshape(1, 1, -1, 1, 1), "ct").ravel()
     assert np.abs(made - hu.numpy()).max() < 2e-4

@@ -359,7 +359,7 @@ def test_sizes_beyond_one_are_taken_up_to_the_largest_that_a_patient_has() -> No
     for slot, size in asked.items():
         sizes.check_known(patients, slot, size)
     assert sizes.condition(patients, asked, 0)[6] == 16.5
-    with pytest.raises(UsageError, match="pancreatic tumor=16.6 is larger than any of 2 patients"):
+    with pytest.raises(UsageError, match=r"pancreatic tumor=16\.6 is larger than any of 2 patients"):
         sizes.check_known(patients, 6, 16.6)
 
 

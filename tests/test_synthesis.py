@@ -101,11 +101,13 @@ def test_the_sampler_gets_the_corrected_times_and_the_reference_s_in_compatibili
 ) -> None:  # fmt: skip
     """Number 37: its steps add up to more than the path. What the decoder is given is float32 either way (number 39)."""
     given: list[Schedule] = []
+    noises: list[torch.Tensor] = []
     latents: list[torch.Tensor] = []
     euler, decode = synthesis.sampling.euler, synthesis.decoding.decode
 
     def sampler(denoise: Any, noise: Any, schedule: Schedule, **how: Any) -> torch.Tensor:
         given.append(schedule)
+        noises.append(noise)
         return euler(denoise, noise, schedule, **how)
 
     def decoder(nets: Any, latent: torch.Tensor, **how: Any) -> torch.Tensor:
@@ -119,7 +121,8 @@ def test_the_sampler_gets_the_corrected_times_and_the_reference_s_in_compatibili
     assert given[0].times.tolist() == wanted.times.tolist()
     assert given[0].widths.tolist() == wanted.widths.tolist()
     assert (float(given[0].widths.sum()) == pytest.approx(1, abs=1e-9)) is (compat is None)
-    assert latents[0].dtype == torch.float32
+    assert noises[0].dtype == latents[0].dtype == torch.float32
+    assert torch.equal(noises[0], noises[0].half().float()) is (compat is not None)
 
 
 def test_noise_depends_on_the_seed_and_on_nothing_that_ran_before(model: str) -> None:
