@@ -485,14 +485,20 @@ def test_a_generated_mask_depends_on_the_seed_alone(diffusion) -> None:
     assert made[0].mask.geometry == TINY
 
 
-def test_no_tumour_is_painted_that_was_not_asked_for(diffusion) -> None:
-    source = diffusion()
+@pytest.mark.parametrize("sizes_asked", [(), ("liver=0.5",)])
+def test_no_tumour_is_painted_that_was_not_asked_for(diffusion, sizes_asked: tuple[str, ...]) -> None:
+    source = diffusion(anatomy_size=sizes_asked)
     tumors = {tumor.id for tumor in maisi().tumors()}
     for seed in range(4):
         made = make(source, seed)
         assert not tumors & set(made.mask.ids())
         assert all(made.about["anatomy_size"][sizes.SLOTS[slot]] == -1 for slot in sizes.TUMORS)
         assert "tumor" not in made.about
+
+
+def test_in_compatibility_the_nearest_patient_s_tumour_comes_along(diffusion) -> None:
+    made = make(diffusion(anatomy_size=("liver=0.5",), compat="reference"), 1)
+    assert made.about["anatomy_size"]["pancreatic tumor"] == 0.6792
 
 
 def test_what_the_networks_are_told_is_what_was_asked_for(diffusion) -> None:
