@@ -228,11 +228,13 @@ class ModelSpec:
             problems.append(f"spacing x {geometry.spacing[0]:.4g} and y {geometry.spacing[1]:.4g} mm differ")
         return problems
 
-    def check(self, geometry: Geometry, *, modality: str, mode: str, head: bool = False, allow_ood: bool = False) -> list[str]:
+    def check(
+        self, geometry: Geometry, *, modality: str, mode: str, head: bool = False, allow_ood: bool = False, own_mask: bool = False
+    ) -> list[str]:  # fmt: skip
         """Refuse what the model cannot make, and return warnings about what `allow_ood` lets pass.
 
         Raises `UsageError` naming the nearest valid size, the model that supports the modality, or the flag that allows
-        an out-of-distribution field of view.
+        an out-of-distribution field of view; `own_mask` says that a label map brought the grid, which no flag can change.
         """
         self.check_mode(mode)
         self.check_modality(modality)
@@ -252,6 +254,8 @@ class ModelSpec:
             problems.append(f"field of view {fov:.0f} mm across is below the {limits.fov_xy_good_mm:g} mm of body scans in training")
         if problems and not allow_ood:
             need = limits.fov_xy_min_mm if head else max(limits.fov_xy_min_mm, limits.fov_xy_good_mm)
+            if own_mask:
+                raise UsageError(problems[0], hint=f"give a mask of {need:g} mm across or more, or --allow-ood")
             wider = max(_up(need / size[0]), _up(need / size[1]))
             raise UsageError(problems[0], hint=f"use --spacing {wider:.4g}x{wider:.4g}x{geometry.spacing[2]:.4g} or larger, or --allow-ood")
         return problems

@@ -140,7 +140,7 @@ def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | Non
     warnings: list[str] = []
     if shown is not None and (geometry is None or settings.mode != "mask"):
         warnings += spec.check(shown, modality=settings.modality, mode=settings.mode, head="head" in settings.regions,
-                               allow_ood=settings.allow_ood)  # fmt: skip
+                               allow_ood=settings.allow_ood, own_mask=geometry is not None)  # fmt: skip
     if geometry and shown and shown.spacing != geometry.spacing:
         warnings.append(f"{settings.mask} ({geometry}) is shown to {spec.name} on {shown}; its image is put back on the mask's own grid")
     made = predict(spec, shown, gpu or gpu_of(settings), settings=settings, warnings=tuple(warnings))

@@ -49,6 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "four.nii.gz", np.repeat(body[..., None], 2, axis=3))
     save(folder / "flat.nii.gz", body[:, :, 10])
     save(folder / "empty.nii.gz", np.zeros_like(body))
+    save(folder / "small.nii.gz", body, np.diag([3.0, 3.0, 3.0, 1.0]))
     save(folder / "large.nii.gz", np.zeros((200, 8, 8), np.uint8) + np.uint8(BODY))
     sheared = np.diag([SPACING, SPACING, SPACING, 1])
     sheared[0, 1] = SPACING / 2
@@ -167,6 +168,8 @@ VALUES = [
     ("generate --mode pair", "--mode 'pair'", "'paired'"),
     ("generate --modality ctt", "no modality named 'ctt'", "'ct'"),
     ("generate --modality 9", "no modality named '9'", "maisi labels list --modalities"),
+    ("generate --model rflow-ct --modality unknown", "not trained on unknown", "no model knows it"),
+    ("generate --model rflow-mr --mode image --modality mri-t1-skull-stripped", "not trained on mri-t1-skull", "--model rflow-mr-brain"),
     ("generate --modality mri-t1", "not trained on mri-t1", "--model rflow-mr"),
     (f"{TINY_MASK} body.nii.gz --modality mri-t1", "not trained on mri-t1", "--model rflow-mr"),
     ("generate --model rflow-ct --preset brain-t1-axial", "not trained on mri-t1", "--model rflow-mr"),
@@ -275,6 +278,8 @@ VOLUMES = [
     ("--model rflow-ct --size 512x512x128 --spacing 0.3x0.3x1", "spacing 0.3 mm along x", "maisi recommend-spacing"),
     ("--model rflow-ct --size 512x512x128 --spacing 0.8x0.9x1", "spacing x 0.8 and y 0.9 mm differ", "maisi recommend-spacing"),
     ("--model rflow-ct --size 500x500x128 --spacing 0.8", "cannot make 500x500x128", "512x512x128 (spacing 0.7812x0.7812x0.8 mm)"),
+    ("--model rflow-mr --mode image --preset prostate-t2 --size 300x300x100", "cannot make 300x300x100", "256x256x128"),
+    ("--model rflow-mr --mode image --preset prostate-t2 --spacing 0.3", "spacing 0.3 mm along x is outside 0.4..5", "recommend-spacing"),
     ("--model tiny.toml --size 30x32x33 --spacing 12", "cannot make 30x32x33", "32x32x32 (spacing 11.25x12x12.38 mm) or 32x32x48"),
     ("--model tiny.toml --size 128 --spacing 12", "cannot make 128x128x128", "64x64x64"),
     ("--model tiny.toml --size 32x32x32 --spacing 50", "spacing 50 mm along x is outside 1..30 mm", "maisi recommend-spacing"),
@@ -300,6 +305,7 @@ MASKS = [
     ("empty", "holds no label at all", "maisi info"),
     ("empty --allow-missing-body", "holds no label at all", "maisi info"),
     ("large", "no grid that covers 200x8x8", "crop the mask"),
+    ("small --model nano-ct", "field of view 96 mm across is below the 192 mm", "a mask of 256 mm across or more, or --allow-ood"),
     ("sheared", "sheared affine", "resample"),
     ("text", "not a NIfTI file", "convert it to NIfTI"),
     ("cut", "damaged", "copy or convert"),

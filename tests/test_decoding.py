@@ -183,6 +183,46 @@ def test_intensities_become_hu_or_mr_units(modality: str, wanted: list[float]) -
     assert made.flatten().tolist() == wanted
 
 
+@pytest.mark.parametrize("step", [0.1, 0.5, 1.0])
+def test_hu_are_computed_in_single_precision(step: float) -> None:
+    """Half precision knows 3027 values of HU, up to 1 apart and off by almost as much; ours tells tenths apart (number 38)."""
+    hu = torch.arange(-1000, 1000, step, dtype=torch.float64)
+    made = to_hu(((hu + 1000) / 2000).float().reshape(1, 1, -1, 1, 1), "ct").ravel()
+    assert np.abs(made - hu.numpy()).max() < 2e-4
+    assert len(np.unique(made)) == len(hu)
+
+
+class Half(nn.Module):
+    """A decoder that answers in half precision, as one under autocast does: the same value everywhere."""
+
+    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
+        return torch.full((1, 1, *(4 * n for n in z.shape[2:])), 0.7, dtype=torch.float16)
+
+
+def test_windows_are_blended_in_single_precision() -> None:
+    """Where every window says the same the blend does, to rounding; blended in half as in the reference it does not (number 39)."""
+    latent, how = torch.zeros(1, 4, 9, 7, 8), {"window": (4, 4, 4), "overlap": 0.6666}
+    nets = Networks(spec=model("rflow-ct"), parts={"vae": Half()}, scale_factor=1.0, device=CPU, precision=FP32)
+    value = float(torch.tensor(0.7, dtype=torch.float16))
+    made = decode(nets, latent, decoder="window", **how)  # type: ignore[arg-type]
+    assert made.dtype == torch.float32
+    assert float((made - value).abs().max()) < 1e-6
+    in_half = decode_window(Half().decode_stage_2_outputs, latent.half(), how["window"], how["overlap"])  # type: ignore[arg-type]
+    assert float((in_half - value).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("rows", [5, 14])
+def test_no_row_is_lost_whatever_number_of_splits_a_model_file_names(shared: Shared, rows: int) -> None:
+    """Four splits leave 2 of 5 and 12 of 14 rows in the reference (number 40); ours runs its convolutions whole."""
+    for part in ("vae", "mask_vae"):
+        described = spec(shared, "rflow").networks[part]
+        network: Any = build(dataclasses.replace(described, arguments={**described.arguments, "num_splits": 4})).eval()
+        with torch.inference_mode():
+            assert network.decode_stage_2_outputs(torch.zeros(1, 4, 4, rows, 4)).shape[2:] == (16, 4 * rows, 16)
+            channels = described.arguments["in_channels"]
+            assert network.encode(torch.zeros(1, channels, 16, 4 * rows, 16))[0].shape[2:] == (4, rows, 4)
+
+
 @pytest.fixture
 def u04(shared: Shared) -> Golden:
     return case(shared, "u04_networks")

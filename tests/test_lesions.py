@@ -14,6 +14,7 @@ from maisi_cli.anatomy import BODY, maisi
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
 from maisi_cli.lesions import Request, augment, measure, parse_request, place
+from maisi_cli.repair import ring_lobe
 from maisi_cli.tumors import Lesion, hosts
 from maisi_cli.volumes import Mask, read_mask
 from scipy import ndimage
@@ -358,6 +359,22 @@ def test_a_bar_is_deformed_whole_whichever_way_it_is_turned(tumor, seed, spacing
     inner = made[1:-1, 1:-1, 1:-1]
     assert inner.sum() == made.sum()  # nothing is cut off
     assert (1 - move.scale) ** 3 * 0.7 < made.sum() / bar.sum() < (1 + move.scale) ** 3 * 1.3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_lung_tumour_leaves_becomes_the_lobe_around_it(seed):
+    """Row 33: lung at the border of the volume, which touches nothing, does not win; in compatibility it does."""
+    labels = np.full((40, 40, 40), BODY, U8)
+    labels[6:34, 6:34, 6:34] = 28
+    labels[0], labels[-1] = 32, 32
+    labels[17:22, 17:22, 17:22] = 23
+    was = labels == 23
+    made = augment(labels, seed=seed)
+    left = made.labels[was & (made.labels != 23)]
+    assert made.moved == (23,)
+    assert left.size
+    assert (left == 28).all()
+    assert ring_lobe(labels, was) == 32
 
 
 def test_each_kind_of_tumour_moves_and_none_appears():

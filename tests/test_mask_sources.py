@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
+from maisi_cli import quality, synthesis
 from maisi_cli.anatomy import BODY, maisi, regions_of
 from maisi_cli.catalog import model
 from maisi_cli.cli import run
@@ -349,6 +352,17 @@ def test_sizes_that_the_networks_do_not_know_are_refused(texts: list[str], messa
         sizes.parse(texts)
 
 
+def test_sizes_beyond_one_are_taken_up_to_the_largest_that_a_patient_has() -> None:
+    """The reference takes 0 to 1, where the tumours of its own patients reach 16.5 (number 36)."""
+    patients = [(0.3,) * 5 + (-1.0,) * 5, (0.3,) * 5 + (-1.0, 16.5, -1.0, -1.0, -1.0)]
+    asked = sizes.parse(resolve({"model": "rflow-ct", "anatomy_size": "pancreatic tumor=16.5,liver=1"}).settings.anatomy_size)
+    for slot, size in asked.items():
+        sizes.check_known(patients, slot, size)
+    assert sizes.condition(patients, asked, 0)[6] == 16.5
+    with pytest.raises(UsageError, match=r"pancreatic tumor=16\.6 is larger than any of 2 patients"):
+        sizes.check_known(patients, 6, 16.6)
+
+
 def test_an_organ_that_is_asked_to_be_absent_is_not_required() -> None:
     """The reference then demands it, and fails (number 9)."""
     asked = sizes.parse(["liver=0.5", "gallbladder=-1", "hepatic_tumor=0.2"])
@@ -469,14 +483,20 @@ def test_a_generated_mask_depends_on_the_seed_alone(diffusion) -> None:
     assert made[0].mask.geometry == TINY
 
 
-def test_no_tumour_is_painted_that_was_not_asked_for(diffusion) -> None:
-    source = diffusion()
+@pytest.mark.parametrize("sizes_asked", [(), ("liver=0.5",)])
+def test_no_tumour_is_painted_that_was_not_asked_for(diffusion, sizes_asked: tuple[str, ...]) -> None:
+    source = diffusion(anatomy_size=sizes_asked)
     tumors = {tumor.id for tumor in maisi().tumors()}
     for seed in range(4):
         made = make(source, seed)
         assert not tumors & set(made.mask.ids())
         assert all(made.about["anatomy_size"][sizes.SLOTS[slot]] == -1 for slot in sizes.TUMORS)
         assert "tumor" not in made.about
+
+
+def test_in_compatibility_the_nearest_patient_s_tumour_comes_along(diffusion) -> None:
+    made = make(diffusion(anatomy_size=("liver=0.5",), compat="reference"), 1)
+    assert made.about["anatomy_size"]["pancreatic tumor"] == 0.6792
 
 
 def test_what_the_networks_are_told_is_what_was_asked_for(diffusion) -> None:
@@ -664,6 +684,60 @@ def test_guidance_toward_the_tumour_compares_with_the_mask_without_it(tmp_path: 
     assert not [note for note in said if isinstance(note, Note) and "cfg-tumor" in note.text]
     assert np.array_equal(image("healthy", 0.0), image("healthy", 5.0))
     assert [note.text for note in said if isinstance(note, Note) and "--cfg-tumor does nothing here" in note.text]
+
+
+@pytest.mark.parametrize("source", ["phantom", "database", "diffusion", "file"])
+def test_a_sample_that_fails_is_made_again_whatever_its_mask_comes_from(
+    shared: Shared, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:  # fmt: skip
+    """The reference never retries with a generated mask, and moves a mask of its database alike each time (numbers 24 and 21)."""
+    whole |= {"mask_source": source, "on_qc_fail": "retry"}
+    if source != "diffusion":
+        del whole["mask_steps"]
+    if source == "database":
+        whole |= {"tumor": "liver:15mm", "spacing": "3x3x4"}  # one mask has it, and moves it
+    if source == "phantom":
+        whole["spacing"] = "9x9x9"
+    if source == "file":
+        whole |= {"mask": str(shared("golden/datasets/all_masks_small/m0.nii.gz")), "mask_source": "auto"}
+        del whole["size"], whole["spacing"], whole["preset"]
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def check(image: Any, mask: Mask, **_: Any) -> quality.Verdict:
+        seen.append((image.array, mask.array))
+        answer = quality.Finding(check="test", label=None, value=0, low=0, high=0, passed=len(seen) > 1, text="no")
+        return quality.Verdict(findings=(answer,))
+
+    monkeypatch.setattr(synthesis.quality, "check", check)
+    sample = next(iter(generate(**whole)))
+    assert (len(seen), sample.record["attempt"]) == (2, 1)
+    (first_image, first), (second_image, second) = seen
+    assert not np.array_equal(first_image, second_image)
+    assert np.array_equal(first, second) is (source == "file")
+
+
+def test_a_seed_that_is_typed_moves_a_tumour_as_the_number_does(shared: Shared, whole: dict[str, Any]) -> None:
+    """A typed seed of the reference is text, by which MONAI moves tumours at random (number 20). Here it is typed in another process."""
+    fixed = {"model": "nano-ct", "mode": "mask", "mask_database": index(shared), "size": "64x64x64", "spacing": "1.5x1.5x2",
+             "allow_ood": True, "anatomy": "hepatic tumor"}  # fmt: skip
+    words = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in fixed.items()]
+    lines = [["generate", "-q", "--seed", "7", *words, "--out", "typed"],
+             ["generate", "-q", "--seed", "7", *words, "--out", "typed-reference", "--compat", "reference"]]  # fmt: skip
+    code = f"import sys; from maisi_cli.cli import run; sys.exit(max([run(line) for line in {lines!r}]))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for end, compat in (("", None), ("-reference", "reference")):
+        made = next(iter(generate(**fixed, seed=7, out=f"here{end}", compat=compat)))
+        assert made.record["mask"]["augmented"]["moved"] == ["hepatic tumor"]
+        assert (Path(f"typed{end}") / made.paths["label"].name).read_bytes() == made.paths["label"].read_bytes()
+
+
+def test_the_voxels_of_a_saved_mask_are_as_large_as_was_asked_for(shared: Shared, whole: dict[str, Any]) -> None:
+    """The reference zooms a body with its affine: 1.494 or 1.518 mm for 1.5 (number 22); in compatibility the affine stays too."""
+    for compat in (None, "reference"):
+        sample = next(iter(generate(model="nano-ct", mode="mask", mask_database=index(shared), size="64x64x64", spacing="1.5x1.5x2",
+                                    allow_ood=True, seed=1, compat=compat, out=f"run{compat}")))  # fmt: skip
+        assert sample.record["mask"]["augmented"]["zoom"] != 1
+        assert read_mask(sample.paths["label"]).geometry.spacing == (1.5, 1.5, 2.0)
 
 
 def test_compatibility_numbers_labels_as_the_reference(whole: dict[str, Any]) -> None:

@@ -211,6 +211,15 @@ def test_any_region_composes_with_any_gpu(name):
             assert (list(value) if isinstance(value, tuple) else value) == wanted[key]
 
 
+@pytest.mark.parametrize(("name", "steps"), [("rflow-ct", 30), ("ddpm-ct", 1000)])
+def test_steps_are_the_models_whatever_the_presets(name, steps):
+    """Two of the reference's presets ship the steps of DDPM for both (number 47)."""
+    for gpu in GPU_NAMES:
+        found = resolve({"preset": "chest", "gpu": gpu, "model": name})
+        assert (found.settings.steps, found.origins["steps"].origin) == (steps, f"model {name}")
+    assert "steps" not in {key for kind in ("region", "gpu") for table in presets.TABLES[kind].values() for key in table}
+
+
 @pytest.mark.parametrize("kind", presets.FOLDERS)
 def test_every_shipped_preset_has_no_problem_and_says_what_it_is(kind):
     for path in sorted((presets.shipped() / presets.FOLDERS[kind]).glob("*.toml")):

@@ -414,6 +414,18 @@ def test_model_defaults_are_settings_or_known_to_the_engine():
         assert set(spec.defaults) <= known, spec.name
 
 
+@pytest.mark.parametrize(("name", "preset", "scale"), [("rflow-mr", "prostate-t2", 15.0), ("rflow-mr-brain", "brain-t1-axial", 2.0)])
+def test_guidance_by_the_modality_and_by_a_tumour_are_two_settings(name: str, preset: str, scale: float) -> None:
+    """In the reference one key means either, by the script that reads it (number 46)."""
+    made = resolve({"model": name, "mode": "image", "preset": preset})
+    assert (made.settings.cfg_modality, made.settings.cfg_tumor) == (scale, 0.0)
+    assert made.origins["cfg_modality"].origin == f"model {name}"
+    both = resolve({"model": "rflow-ct", "preset": "chest", "cfg_tumor": 3.0}).settings
+    assert (both.cfg_modality, both.cfg_tumor) == (0.0, 3.0)
+    with pytest.raises(UsageError, match="--cfg-tumor and --cfg-modality exclude each other"):
+        resolve({"model": "rflow-ct", "preset": "chest", "cfg_tumor": 3.0, "cfg_modality": 2.0, "compat": "reference"})
+
+
 def test_the_models_guidance_by_the_mask_gives_way_to_one_that_is_asked_for() -> None:
     assert resolve({"model": "nano-ct"}).settings.cfg_mask == 1.5
     changed = resolve({"model": "nano-ct", "cfg_modality": 2.0})

@@ -9,6 +9,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 from maisi_cli import quality, synthesis
 from maisi_cli.cli import run
 from maisi_cli.errors import CannotRun, Rejected, UsageError
@@ -17,6 +18,7 @@ from maisi_cli.geometry import Geometry
 from maisi_cli.hookspecs import Register, hookimpl
 from maisi_cli.plugins import load
 from maisi_cli.record import sha256_of
+from maisi_cli.sampling import Schedule, flow_schedule
 from maisi_cli.settings import GenerateSettings, resolve
 from maisi_cli.testing import tiny_model
 from maisi_cli.volumes import Mask, Sample, read_mask, write_mask
@@ -68,6 +70,72 @@ def test_a_sample_depends_on_seed_and_index_alone(model: str) -> None:
         assert batch[2].paths[kind].read_bytes() == shard[0].paths[kind].read_bytes()
         assert batch[1].paths[kind].read_bytes() == again[1].paths[kind].read_bytes()
         assert batch[0].paths[kind].read_bytes() != batch[1].paths[kind].read_bytes()
+
+
+def test_labels_keep_their_ids_and_the_whole_mask_is_saved(model: str) -> None:
+    """The reference saves positions in the list of organs, and nothing else (number 16)."""
+    saved: dict[str, np.ndarray] = {}
+    for out, values in (("ours", {}), ("theirs", {"compat": "reference"})):
+        sample = make(model, mode="mask", anatomy="spleen,liver", out=out, **values)[0]
+        saved[out] = np.asarray(nibabel.load(sample.paths["label"]).dataobj)
+    ids = set(np.unique(saved["ours"]).tolist())
+    assert {1, 3, 200} < ids
+    assert len(ids) > 10  # what nobody asked for is there too
+    spleen, liver = saved["ours"] == 3, saved["ours"] == 1
+    assert np.array_equal(saved["theirs"], np.where(spleen, 1, np.where(liver, 2, 0)))
+
+
+@pytest.mark.parametrize("values", [{"mode": "image"}, {}, {"compat": "reference"}], ids=["image", "paired", "compat"])
+def test_every_path_saves_hu_rounded_to_int16(model: str, values: dict[str, Any]) -> None:
+    """The reference saves float32 with a mask, and truncated int16 without (number 38)."""
+    sample = make(model, **values)[0]
+    assert sample.image is not None
+    hu, stored = sample.image.array, nibabel.load(sample.paths["image"])
+    assert (hu.dtype, stored.get_data_dtype()) == (np.float32, np.int16)
+    assert np.array_equal(np.asarray(stored.dataobj), np.rint(hu))
+    assert (np.rint(hu) != np.trunc(hu)).mean() > 0.01  # truncating would be another image
+
+
+@pytest.mark.parametrize("compat", [None, "reference"])
+def test_the_sampler_gets_the_corrected_times_and_the_reference_s_in_compatibility(
+    model: str, monkeypatch: pytest.MonkeyPatch, compat: str | None
+) -> None:  # fmt: skip
+    """Number 37: its steps add up to more than the path. What the decoder is given is float32 either way (number 39)."""
+    given: list[Schedule] = []
+    noises: list[torch.Tensor] = []
+    latents: list[torch.Tensor] = []
+    euler, decode = synthesis.sampling.euler, synthesis.decoding.decode
+
+    def sampler(denoise: Any, noise: Any, schedule: Schedule, **how: Any) -> torch.Tensor:
+        given.append(schedule)
+        noises.append(noise)
+        return euler(denoise, noise, schedule, **how)
+
+    def decoder(nets: Any, latent: torch.Tensor, **how: Any) -> torch.Tensor:
+        latents.append(latent)
+        return decode(nets, latent, **how)
+
+    monkeypatch.setattr(synthesis.sampling, "euler", sampler)
+    monkeypatch.setattr(synthesis.decoding, "decode", decoder)
+    make(model, steps=4, compat=compat)
+    wanted = flow_schedule(4, (8, 8, 8), compat=compat is not None)
+    assert given[0].times.tolist() == wanted.times.tolist()
+    assert given[0].widths.tolist() == wanted.widths.tolist()
+    assert (float(given[0].widths.sum()) == pytest.approx(1, abs=1e-9)) is (compat is None)
+    assert noises[0].dtype == latents[0].dtype == torch.float32
+    assert torch.equal(noises[0], noises[0].half().float()) is (compat is not None)
+
+
+def test_noise_depends_on_the_seed_and_on_nothing_that_ran_before(model: str) -> None:
+    """The reference's depends on how many numbers building its networks drew (number 52)."""
+    made = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        torch.rand(state)
+        np.random.seed(state)
+        made.append(make(model, mode="image", out=f"run{state}")[0].paths["image"].read_bytes())
+    assert made[0] == made[1]
+    assert made[0] != make(model, mode="image", seed=6, out="other")[0].paths["image"].read_bytes()
 
 
 def test_resuming_makes_only_what_is_missing(model: str) -> None:

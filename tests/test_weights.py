@@ -221,6 +221,19 @@ def test_weights_that_do_not_fit_are_refused_with_exit_code_2(
     assert lines == [f"error: {path} does not fit its network: {said}", "  check that file and model belong together"]
 
 
+@pytest.mark.parametrize("part", ["vae", "unet", "controlnet"])
+def test_no_network_is_loaded_in_part(tiny: Path, tmp_path: Path, part: str) -> None:
+    """The reference takes whatever fits of a UNet and a ControlNet, and says nothing (number 45)."""
+    described = model(str(tiny))
+    path = next(described.weight_path(weight) for weight in described.weights if weight.part == part)
+    tensors = dict(load_state(path).tensors)
+    lost = list(tensors)[-1]
+    del tensors[lost]
+    short = save_state(tmp_path / "short.safetensors", tensors, metadata={}, half=False)
+    with pytest.raises(UsageError, match=rf"1 keys missing, .*\(missing {lost}\)"):
+        load(described, [part], device=CPU, precision=FP32, files={part: short})
+
+
 def test_weights_of_the_other_family_are_refused(shared: Shared) -> None:
     """The reference loads the UNet with strict=False; what it cannot load has other shapes."""
     rflow, ddpm = spec(shared, "rflow"), spec(shared, "ddpm")

@@ -1,0 +1,72 @@
+"""The pages of docs/: what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from maisi_cli import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DIFFERENCES = (ROOT / "docs" / "differences.md").read_text("utf-8")
+SILENT_ERRORS = range(16, 54)
+
+
+def entries() -> dict[int, list[str]]:
+    """Return the text of each numbered entry; a number that has several has several texts."""
+    found: dict[int, list[str]] = {}
+    for number, text in re.findall(r"^### (\d+)\. (.*?)(?=^##)", DIFFERENCES, flags=re.M | re.S):
+        found.setdefault(int(number), []).append(text)
+    return found
+
+
+def elsewhere() -> list[int]:
+    """Return the numbers in the first column of the table at the end."""
+    table = DIFFERENCES.partition("## Dealt with elsewhere")[2]
+    return [int(number) for cell in re.findall(r"^\|([^|]*)\|", table, flags=re.M) for number in re.findall(r"\d+", cell)]
+
+
+def options() -> set[str]:
+    """Return every flag of every command."""
+
+    def walk(command: Any) -> Iterator[str]:
+        for parameter in command.params:
+            yield from (*parameter.opts, *parameter.secondary_opts)
+        for below in getattr(command, "commands", {}).values():
+            yield from walk(below)
+
+    return set(walk(typer.main.get_command(cli.build())))
+
+
+def defined_in(file: str) -> set[str]:
+    """Return the names of the tests in a file, without importing it."""
+    tree = ast.parse((ROOT / file).read_text("utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_every_silent_error_of_the_reference_has_one_place() -> None:
+    numbers = [number for number, texts in entries().items() for _ in texts] + elsewhere()
+    assert sorted(numbers) == list(SILENT_ERRORS)
+
+
+def test_every_entry_has_its_four_lines() -> None:
+    for number, texts in entries().items():
+        starts = re.findall(r"^- (\S[^:]*):", texts[0], flags=re.M)
+        assert starts == ["Reference", "maisi", "`--compat reference`", "Proof"], number
+        assert "::test_" in texts[0].partition("- Proof:")[2], number
+
+
+def test_the_tests_that_are_named_exist() -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", DIFFERENCES)
+    assert len(named) == DIFFERENCES.count("::")  # none is written in another way
+    assert [f"{file}::{name}" for file, name in named if name not in defined_in(file)] == []
+
+
+def test_the_flags_that_are_named_exist() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", DIFFERENCES)) - {"--random-seed"}  # of the reference
+    assert len(named) > 8
+    assert named - options() == set()
