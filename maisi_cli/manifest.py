@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, unknown
+from .labelfile import numbering_of, require_one_numbering
 from .settings import KEYS, MANIFEST_ROW, Layer, Resolved, resolve
 
 OF_THE_RUN = ("manifest", "out", "count", "name", "resume", "force", "shard", "executor", "offline")
@@ -32,7 +33,8 @@ class Row:
 def resolve_all(flags: Mapping[str, Any] | None = None, **layers: Any) -> list[Resolved]:
     """Return the settings of a run, or of each row of its manifest; arguments are those of `settings.resolve`.
 
-    Row k is sample k of the run: its seed derives from (seed, k), unless the row has a seed of its own.
+    Row k is sample k of the run: its seed derives from (seed, k), unless the row has a seed of its own. Raises `UsageError`
+    for rows whose label maps would number their labels differently (`--compat reference`).
     """
     whole = resolve(flags, **layers)
     layers.pop("index", None)
@@ -42,8 +44,11 @@ def resolve_all(flags: Mapping[str, Any] | None = None, **layers: Any) -> list[R
     if whole.settings.count != 1:
         raise UsageError("--count and --manifest exclude each other: a manifest has a row for every sample", hint="leave --count out")
     rows = read_manifest(Path(path))
-    return [resolve(flags, **layers, row=Layer(origin=MANIFEST_ROW + row.id, values={**row.values, "name": _literally(row.id)}), index=k)
-            for k, row in enumerate(rows)]  # fmt: skip
+    found = [resolve(flags, **layers, row=Layer(origin=MANIFEST_ROW + row.id, values={**row.values, "name": _literally(row.id)}), index=k)
+             for k, row in enumerate(rows)]  # fmt: skip
+    chosen = (each.settings for each in found)
+    require_one_numbering(numbering_of(each) for each in chosen if each.mode != "image" and "nifti" in each.format)
+    return found
 
 
 def read_manifest(path: Path) -> list[Row]:

@@ -149,7 +149,7 @@ ANSWERS = {
     "labels show totalsegmentator": ("maisi.label-set/1", {"name", "summary", "labels"}),
     "labels map seg.nii.gz out.nii.gz --from totalsegmentator": (
         "maisi.labels-map/1",
-        {"input", "output", "from", "to", "mapped", "without_partner", "merged"},
+        {"input", "output", "from", "to", "mapped", "without_partner", "merged", "body_envelope"},
     ),
     "labels check label.nii.gz": ("maisi.labels-check/1", {"path", "vocabulary", "passed", "findings", "labels"}),
     "labels add-body seg.nii.gz out.nii.gz --ct ct.nii.gz": (
