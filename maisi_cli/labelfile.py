@@ -7,7 +7,7 @@ numbered anew (`--compat reference` with anatomy) it holds their numbers, and th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,10 @@ def require_labels(folder: Path, numbering: Numbering = ()) -> None:
 
     Raises `UsageError`.
     """
-    _joined(folder / NAME, document(numbering))
+    there = _read(folder / NAME)
+    if there is not None:
+        names = dict(enumerate(map(maisi().name_of, numbering), start=1)) or {label.id: label.name for label in maisi().labels}
+        _require_same(folder / NAME, there, RENUMBERED if numbering else "maisi", names)
 
 
 def require_one_numbering(numberings: Iterable[Numbering]) -> None:
@@ -107,15 +110,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     found: Any = None
     try:
         found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError):
         pass
     rows = found.get("labels") if isinstance(found, dict) and found.get("schema") == SCHEMA else None
-    whole = isinstance(rows, list) and all(isinstance(row, dict) and {"id", "name"} <= row.keys() for row in rows)
-    if not whole:
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         raise UsageError(f"{path} is not one that maisi wrote", hint="move it away, or choose another --out")
     return dict(found)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("id"), int) and isinstance(row.get("name"), str)
 
 
 def _joined(path: Path, made: dict[str, Any]) -> dict[str, Any]:
@@ -123,15 +129,18 @@ def _joined(path: Path, made: dict[str, Any]) -> dict[str, Any]:
     there = _read(path)
     if there is None:
         return made
-    if there.get("vocabulary") != made["vocabulary"]:
-        raise UsageError(f"{path} names labels of {there.get('vocabulary')}, and this run's are those of {made['vocabulary']}", hint=_OTHER)
-    rows = {row["id"]: row for row in there["labels"]}
-    for row in made["labels"]:
-        before = rows.get(row["id"], row)["name"]
-        if before != row["name"]:
-            raise UsageError(f"in {path} {row['id']} is {before}, and in this run it is {row['name']}", hint=_OTHER)
-        rows[row["id"]] = row
+    _require_same(path, there, made["vocabulary"], {row["id"]: row["name"] for row in made["labels"]})
+    rows = {row["id"]: row for row in (*there["labels"], *made["labels"])}
     return {**made, "labels": [rows[id] for id in sorted(rows)]}
+
+
+def _require_same(path: Path, there: Mapping[str, Any], vocabulary: str, names: Mapping[int, str]) -> None:
+    if there.get("vocabulary") != vocabulary:
+        raise UsageError(f"{path} names labels of {there.get('vocabulary')}, and this run's are those of {vocabulary}", hint=_OTHER)
+    for row in there["labels"]:
+        name = names.get(row["id"], row["name"])
+        if row["name"] != name:
+            raise UsageError(f"in {path} {row['id']} is {row['name']}, and in this run it is {name}", hint=_OTHER)
 
 
 def _words(numbering: Sequence[int]) -> str:

@@ -96,7 +96,16 @@ def test_hosts_of_renumbered_labels_are_renumbered_too():
     assert document((tumor,))["labels"][0]["host"] is None
 
 
-@pytest.mark.parametrize("text", ["{}", "not JSON", '{"labels": {"liver": 1}}', '{"schema": "maisi.labels/1", "labels": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "not JSON",
+        '{"labels": {"liver": 1}}',
+        '{"schema": "maisi.labels/1", "labels": [1]}',
+        '{"schema": "maisi.labels/1", "vocabulary": "maisi", "labels": [{"id": [1], "name": "liver"}]}',
+    ],
+)
 def test_a_file_of_another_program_is_refused_before_the_work(text, run):
     Path("run").mkdir()
     Path("run/labels.json").write_text(text)
