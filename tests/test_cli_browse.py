@@ -149,7 +149,7 @@ ANSWERS = {
     "labels show totalsegmentator": ("maisi.label-set/1", {"name", "summary", "labels"}),
     "labels map seg.nii.gz out.nii.gz --from totalsegmentator": (
         "maisi.labels-map/1",
-        {"input", "output", "from", "to", "mapped", "without_partner", "merged", "body_envelope"},
+        {"input", "output", "from", "to", "mapped", "without_partner", "merged", "ambiguous", "body_envelope"},
     ),
     "labels check label.nii.gz": ("maisi.labels-check/1", {"path", "vocabulary", "passed", "findings", "labels"}),
     "labels add-body seg.nii.gz out.nii.gz --ct ct.nii.gz": (
@@ -474,6 +474,12 @@ def test_labels_map_maps_each_voxel_and_names_what_has_no_partner(maisi, tmp_pat
         (3, "gadget", BODY), (77, "id 77", BODY),
     ]  # fmt: skip
     assert report["merged"] == [{"to_id": 1, "to_name": "liver", "ids": [1, 2]}]
+    assert report["ambiguous"] == []
+    back = maisi("labels map out.nii.gz back.nii.gz --from maisi --to mine.toml")
+    assert "1 liver became 1 hepar, the lowest of 1, 2 in mine.toml" in back.err
+    (row,) = maisi("labels map out.nii.gz back2.nii.gz --from maisi --to mine.toml --json").json["ambiguous"]
+    assert (row["id"], row["to_id"], row["to_ids"]) == (1, 1, [1, 2])
+    assert set(np.unique(load(tmp_path / "back.nii.gz"))) == {0, 1}
     header = nibabel.load(tmp_path / "out.nii.gz").header
     assert header["descrip"].tobytes().startswith(b"maisi ")  # a real mask does not become synthetic
 

@@ -37,7 +37,7 @@ def map_file(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Map a label map from one vocabulary to another, and say which labels have no partner.
+    """Map a label map from one vocabulary to another, and say which labels have no partner, or share one.
 
     Into maisi, what has no partner becomes body (200); out of maisi it becomes background.
     """
@@ -70,6 +70,8 @@ def map_file(
         output.warn(f"no partner in {to}, now {became}: {names}")
     for row in report["merged"]:
         output.warn(f"{words(row['ids'])} became {row['to_id']} {row['to_name']}: this cannot be mapped back")
+    for row in report["ambiguous"]:
+        output.warn(f"{row['id']} {row['name']} became {row['to_id']} {row['to_name']}, the lowest of {words(row['to_ids'])} in {to}")
     if to == "maisi" and not has_body:
         output.say(f"it has no body envelope (label {BODY}) yet; add it:  maisi labels add-body {target} NEW.nii.gz --ct CT.nii.gz")
     output.data(str(target))
@@ -104,7 +106,9 @@ def _mapping(remap: Remap, present: tuple[int, ...], source: str, target: str) -
         if len(ids) > 1:
             to_name = maisi().name_of(to) if back is None else back.get(to, f"id {to}")
             merged.append({"to_id": to, "to_name": to_name, "ids": ids})
-    return {"mapped": mapped, "without_partner": lost, "merged": merged}
+    shares = {} if target == "maisi" else remap_table(target).many_to_one()
+    ambiguous = [{**row, "to_ids": sorted(shares[row["id"]])} for row in mapped if row["id"] in shares]
+    return {"mapped": mapped, "without_partner": lost, "merged": merged, "ambiguous": ambiguous}
 
 
 def _description(source: Path, done: str) -> str:
