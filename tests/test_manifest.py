@@ -119,7 +119,7 @@ def test_each_row_is_a_sample_of_its_own_and_can_be_repeated_alone(tmp_path: Pat
     capsys.readouterr()
     again, first = read_mask(alone / "two {x}_label.nii.gz"), read_mask(out / "two {x}_label.nii.gz")
     assert np.array_equal(again.array, first.array)
-    assert len(list(alone.iterdir())) == 2
+    assert len(list(alone.iterdir())) == 3  # label, record, labels.json
 
 
 def test_rows_without_a_seed_share_the_one_that_is_drawn(tmp_path: Path) -> None:
