@@ -187,6 +187,10 @@ class Remap:
         return {value: self.names.get(value, f"id {value}") for value in sorted(present)
                 if value != 0 and value not in self.pairs}  # fmt: skip
 
+    def has_body(self, present: Iterable[int]) -> bool:
+        """Say whether the body envelope is among the ids `present`: one that maps to 200, or 200 itself where it means nothing else."""
+        return any(self.pairs.get(value, 0 if value in self.names else value) == BODY for value in present)
+
     def many_to_one(self) -> dict[int, tuple[int, ...]]:
         """Return target ids that several source ids share: these cannot be mapped back."""
         back: dict[int, list[int]] = {}

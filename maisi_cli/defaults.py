@@ -63,7 +63,7 @@ def register_mask_sources(register: Register) -> None:
 @hookimpl
 def register_formats(register: Register) -> None:
     """Register the output formats."""
-    register("nifti", "maisi_cli.volumes:save_nifti", summary="{id}_image.nii.gz and {id}_label.nii.gz")
+    register("nifti", "maisi_cli.volumes:save_nifti", summary="{id}_image.nii.gz and {id}_label.nii.gz; labels.json has the names")
 
 
 @hookimpl

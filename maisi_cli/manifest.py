@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, unknown
+from .labelfile import numbering_of, require_one_numbering
 from .settings import KEYS, MANIFEST_ROW, MASK_FOLDER, Layer, Resolved, resolve
 
 OF_THE_RUN = ("manifest", "out", "count", "name", "resume", "force", "shard", "executor", "offline")
@@ -34,7 +35,8 @@ def resolve_all(flags: Mapping[str, Any] | None = None, **layers: Any) -> list[R
 
     Arguments are those of `settings.resolve`.
 
-    Row k is sample k of the run: its seed derives from (seed, k), unless the row has a seed of its own.
+    Row k is sample k of the run: its seed derives from (seed, k), unless the row has a seed of its own. Raises `UsageError`
+    for rows whose label maps would number their labels differently (`--compat reference`).
     """
     whole = resolve(flags, **layers)
     layers.pop("index", None)
@@ -47,7 +49,10 @@ def resolve_all(flags: Mapping[str, Any] | None = None, **layers: Any) -> list[R
     if whole.settings.count != 1:
         raise UsageError("--count and --manifest exclude each other: a manifest has a row for every sample", hint="leave --count out")
     rows = read_manifest(Path(path))
-    return [_resolved(MANIFEST_ROW, row, k, flags, layers) for k, row in enumerate(rows)]
+    found = [_resolved(MANIFEST_ROW, row, k, flags, layers) for k, row in enumerate(rows)]
+    chosen = (each.settings for each in found)
+    require_one_numbering(numbering_of(each) for each in chosen if each.mode != "image" and "nifti" in each.format)
+    return found
 
 
 def _resolved(kind: str, row: Row, index: int, flags: Mapping[str, Any] | None, layers: Mapping[str, Any]) -> Resolved:

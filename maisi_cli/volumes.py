@@ -23,6 +23,7 @@ from .errors import UsageError
 from .events import Note, OnEvent, ignore
 from .files import refuse_overwriting, write_atomic, writes
 from .geometry import Affine, Geometry, Size, format_triple
+from .labelfile import RENUMBERED, Numbering, numbering_of, read_labels, require_labels, write_labels
 
 if TYPE_CHECKING:
     import nibabel
@@ -55,11 +56,15 @@ class Volume:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """A label volume: uint8 `array` of shape (X, Y, Z) in RAS+ order, with ids of `vocabulary`."""
+    """A label volume: uint8 `array` of shape (X, Y, Z) in RAS+ order, with ids of `vocabulary`.
+
+    `numbering` holds the MAISI ids that the numbers 1, 2, ... stand for where the vocabulary is `reference`.
+    """
 
     array: NDArray[np.uint8]
     geometry: Geometry
     vocabulary: str = "maisi"
+    numbering: Numbering = ()
 
     def __post_init__(self) -> None:
         _check_shape(self.array, self.geometry)
@@ -281,12 +286,17 @@ def write_mask(mask: Mask, path: str | Path, *, force: bool = False, description
 
 def _nifti_names(id: str, settings: GenerateSettings) -> list[str]:
     kinds = {"paired": ("image", "label"), "image": ("image",), "mask": ("label",)}[settings.mode]
+    if "label" in kinds:
+        require_labels(Path(settings.out), numbering_of(settings))
     return [f"{id}_{kind}.nii.gz" for kind in kinds]
 
 
 @writes(_nifti_names)
 def save_nifti(sample: Sample, folder: str | Path, *, force: bool = False) -> dict[str, Path]:
-    """Write a sample as `{id}_image.nii.gz` and `{id}_label.nii.gz`; the output format `nifti`."""
+    """Write a sample as `{id}_image.nii.gz` and `{id}_label.nii.gz`; the output format `nifti`.
+
+    Beside label maps lies `labels.json`. It is the folder's, no sample's, so it is not among the paths that are returned.
+    """
     wanted: dict[str, Volume | Mask] = {}
     if sample.image is not None:
         wanted["image"] = sample.image
@@ -300,6 +310,8 @@ def save_nifti(sample: Sample, folder: str | Path, *, force: bool = False) -> di
             write_mask(item, paths[kind], force=force)
         else:
             write_image(item, paths[kind], force=force)
+    if sample.mask is not None:
+        write_labels(Path(folder), sample.mask.numbering)
     return paths
 
 
@@ -419,8 +431,8 @@ def describe(path: str | Path, *, vocabulary: str = "maisi") -> dict[str, Any]:
     """Return what a NIfTI file holds: grid, type, intensities or labels with names and volumes in ml.
 
     A file counts as a label map when its header says so, or when it holds whole numbers in 0..255 and
-    neighbouring voxels are mostly equal. Names are those of `vocabulary`. Raises `UsageError` as `read_image`
-    does.
+    neighbouring voxels are mostly equal. Names are those of `vocabulary`, but for a label map of a run that numbered its
+    labels anew: these are named as its `labels.json` says. Raises `UsageError` as `read_image` does.
     """
     path = Path(path)
     image, geometry = _open(path)
@@ -447,7 +459,9 @@ def describe(path: str | Path, *, vocabulary: str = "maisi") -> dict[str, Any]:
     }
     if _is_label_map(array, header.get_intent()[0]):
         facts["kind"] = "label"
-        facts["labels"] = _labels(np.rint(array).astype(np.int64), geometry, vocabulary)
+        names = _names(path, vocabulary)
+        facts["vocabulary"] = RENUMBERED if names else vocabulary
+        facts["labels"] = _labels(np.rint(array).astype(np.int64), geometry, names or _names_of(vocabulary))
         facts["body_envelope"] = any(row["id"] == 200 for row in facts["labels"])
     else:
         facts["kind"] = "image"
@@ -488,16 +502,25 @@ def _is_label_map(array: NDArray[Any], intent: str) -> bool:
     return total == 0 or bool(np.count_nonzero((here == after) & inside) > 0.5 * total)
 
 
-def _labels(array: NDArray[np.int64], geometry: Geometry, vocabulary: str) -> list[dict[str, Any]]:
+def _names(path: Path, vocabulary: str) -> Mapping[int, str]:
+    """Return the names of a label map whose run numbered its labels anew, and of no other."""
+    found = read_labels(path.parent) if vocabulary == "maisi" and record_beside(path) else None
+    return {row["id"]: row["name"] for row in found["labels"]} if found and found.get("vocabulary") == RENUMBERED else {}
+
+
+def _names_of(vocabulary: str) -> Mapping[int, str]:
     from .anatomy import maisi, remap_table
 
-    names = maisi().name_of if vocabulary == "maisi" else remap_table(vocabulary).names.get
+    return {label.id: label.name for label in maisi().labels} if vocabulary == "maisi" else remap_table(vocabulary).names
+
+
+def _labels(array: NDArray[np.int64], geometry: Geometry, names: Mapping[int, str]) -> list[dict[str, Any]]:
     voxel_ml = float(np.prod(geometry.spacing)) / 1000
     counts = np.bincount(array.ravel(), minlength=1)
     return [
         {
             "id": int(value),
-            "name": names(int(value)) or f"label {value}",
+            "name": names.get(int(value), f"label {value}"),
             "voxels": int(counts[value]),
             "ml": round(float(counts[value]) * voxel_ml, 3),
         }

@@ -252,8 +252,46 @@ def test_totalsegmentator_ids_are_those_of_version_2(source, name):
     assert remaps()["totalsegmentator"].names[source] == name
 
 
+def test_nv_segment_gives_maisis_ids_but_for_the_free_ones_and_the_envelope():
+    remap = remaps()["nv-segment-ct"]
+    assert sorted(remap.names) == list(range(1, 133))
+    assert all(source == target for source, target in remap.pairs.items())
+    without = {value: name for value, name in remap.names.items() if value not in remap.pairs}
+    assert without == {2: "kidney", 16: "prostate or uterus", 18: "rectum", 20: "lung", 21: "bone", 130: "liver tumor", 131: "vertebrae L6"}
+    assert without.keys() | {129} == set(DUMMIES)
+    assert {remap.names[value] for value in remap.pairs if remap.names[value] != maisi().name_of(value)} == {"kidney mass"}
+    assert remap.many_to_one() == {}
+    back = remap_table("maisi", "nv-segment-ct")
+    assert back.unmapped([1, 2, BODY]) == {2: "dummy1", BODY: "body"}
+
+
+def test_what_a_round_trip_through_totalsegmentator_loses():
+    there, back = remap_table("maisi", "totalsegmentator").table(), remap_table("totalsegmentator").table()
+    lost = {value for value in MAISI_IDS if back[there[value]] != value}
+    assert {maisi().name_of(value) for value in lost - set(DUMMIES)} == {
+        "lung tumor", "pancreatic tumor", "hepatic tumor", "colon cancer primaries", "bone lesion", "hepatic vessel", "airway", "body",
+    }  # fmt: skip
+    assert set(DUMMIES) <= lost
+    assert all(there[value] == 0 for value in lost)
+
+
+@pytest.mark.parametrize(
+    ("labels", "present", "has"),
+    [("maisi", {1, BODY}, True), ("maisi", {1}, False), ("raw125", {124}, True), ("raw125", {1, 123}, False),
+     ("totalsegmentator", {5}, False), ("totalsegmentator", {5, BODY}, True), ("totalsegmentator", {118}, False),
+     ("nv-segment-ct", {2}, False), ("nv-segment-ct", {1, BODY}, True)]
+)  # fmt: skip
+def test_a_label_map_has_a_body_or_not(labels, present, has):
+    assert remap_table(labels).has_body(present) is has
+
+
+def test_200_is_no_body_where_a_set_calls_something_else_so():
+    remap = Remap(source="ctmr", target="maisi", summary="", names={1: "liver", BODY: "left mandible"}, pairs={1: 1})
+    assert not remap.has_body([1, BODY])
+
+
 @usual
-@given(st.sampled_from(["totalsegmentator", "raw125"]), st.frozensets(st.integers(0, 255)))
+@given(st.sampled_from(["totalsegmentator", "raw125", "nv-segment-ct"]), st.frozensets(st.integers(0, 255)))
 def test_a_remap_and_its_inverse_return_every_id_that_has_a_partner(name, present):
     there, back = remap_table(name).table(), remap_table("maisi", name).table()
     known = remap_table(name).pairs

@@ -149,7 +149,7 @@ ANSWERS = {
     "labels show totalsegmentator": ("maisi.label-set/1", {"name", "summary", "labels"}),
     "labels map seg.nii.gz out.nii.gz --from totalsegmentator": (
         "maisi.labels-map/1",
-        {"input", "output", "from", "to", "mapped", "without_partner", "merged"},
+        {"input", "output", "from", "to", "mapped", "without_partner", "merged", "ambiguous", "body_envelope"},
     ),
     "labels check label.nii.gz": ("maisi.labels-check/1", {"path", "vocabulary", "passed", "findings", "labels"}),
     "labels add-body seg.nii.gz out.nii.gz --ct ct.nii.gz": (
@@ -445,6 +445,14 @@ name = "gadget"
 """
 
 
+JAWS = """
+schema = "maisi.remap/1"
+name = "jaws"
+target = "maisi"
+label = [{id = 1, name = "liver", maisi = "liver"}, {id = 200, name = "left mandible"}]
+"""
+
+
 def test_labels_map_maps_each_voxel_and_names_what_has_no_partner(maisi, tmp_path):
     (tmp_path / "mine.toml").write_text(REMAP)
     before = labels_with(1, 2, 3, 77)
@@ -466,6 +474,12 @@ def test_labels_map_maps_each_voxel_and_names_what_has_no_partner(maisi, tmp_pat
         (3, "gadget", BODY), (77, "id 77", BODY),
     ]  # fmt: skip
     assert report["merged"] == [{"to_id": 1, "to_name": "liver", "ids": [1, 2]}]
+    assert report["ambiguous"] == []
+    back = maisi("labels map out.nii.gz back.nii.gz --from maisi --to mine.toml")
+    assert "1 liver became 1 hepar, the lowest of 1, 2 in mine.toml" in back.err
+    (row,) = maisi("labels map out.nii.gz back2.nii.gz --from maisi --to mine.toml --json").json["ambiguous"]
+    assert (row["id"], row["to_id"], row["to_ids"]) == (1, 1, [1, 2])
+    assert set(np.unique(load(tmp_path / "back.nii.gz"))) == {0, 1}
     header = nibabel.load(tmp_path / "out.nii.gz").header
     assert header["descrip"].tobytes().startswith(b"maisi ")  # a real mask does not become synthetic
 
@@ -512,6 +526,13 @@ def test_labels_map_replaces_a_file_only_when_forced(maisi, files):
         (labels_with(1, 3), "maisi", 1, ["no-body"]),
         (labels_with(1, 140, BODY), "maisi", 1, ["unknown-id"]),
         (labels_with(1, 2, BODY), "maisi", 0, ["free-id", "other-set"]),
+        (labels_with(1, 2, 3, 5), "maisi", 1, ["free-id", "other-set", "no-body"]),  # a map of TotalSegmentator
+        (labels_with(1, 3, BODY).astype(np.float32), "maisi", 0, ["stored-type"]),
+        (labels_with(1, 140).astype(np.float64), "maisi", 1, ["stored-type", "unknown-id", "no-body"]),
+        (labels_with(1, 132), "nv-segment-ct", 1, ["no-body"]),
+        (labels_with(1, 2, 129, BODY), "nv-segment-ct", 0, ["no-partner"]),
+        (labels_with(1, 124), "raw125", 0, []),
+        (labels_with(1, 99, BODY), "jaws.toml", 1, ["unknown-id", "no-partner", "no-body"]),  # there 200 is a left mandible
         (labels_with(5, 117, BODY), "totalsegmentator", 0, []),
         (labels_with(5, 118), "totalsegmentator", 1, ["unknown-id", "no-body"]),
         (labels_with(1, 3, BODY), "mine.toml", 0, ["no-partner"]),
@@ -520,6 +541,7 @@ def test_labels_map_replaces_a_file_only_when_forced(maisi, files):
 )
 def test_labels_check(array, labels, code, found, maisi, tmp_path):
     (tmp_path / "mine.toml").write_text(REMAP)
+    (tmp_path / "jaws.toml").write_text(JAWS)
     save(tmp_path / "a.nii.gz", array)
     text, data = (maisi(f"labels check a.nii.gz --labels {labels} {flag}") for flag in ("", "--json"))
     assert (text.code, data.code, data.json["passed"]) == (code, code, code == 0)
@@ -530,6 +552,50 @@ def test_labels_check(array, labels, code, found, maisi, tmp_path):
     for finding, line in zip(data.json["findings"], text.out.splitlines()[1:], strict=True):
         assert finding["text"] in line
         assert (finding["level"] == "note") is line.strip().startswith("note: ")
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (labels_with(1).astype(np.int16) * 300, "holds label 300; labels lie in 0..255"),
+        (labels_with(1) - np.float32(0.5), "values that are not whole: it is not a label map"),
+    ],
+)
+def test_labels_check_refuses_what_is_no_label_map(array, says, maisi, tmp_path):
+    save(tmp_path / "a.nii.gz", array)
+    done = maisi("labels check a.nii.gz")
+    assert (done.code, says in done.err, done.out) == (2, True, "")
+
+
+def test_what_lost_its_partner_is_no_envelope(maisi, files):
+    (files / "mine.toml").write_text(REMAP)
+    save(files / "odd.nii.gz", labels_with(1, 3))
+    done = maisi("labels map odd.nii.gz out.nii.gz --from mine.toml")
+    assert "no body envelope (label 200) yet; add it:  maisi labels add-body out.nii.gz" in done.err
+    assert maisi("labels map odd.nii.gz out2.nii.gz --from mine.toml --json").json["body_envelope"] is False
+    assert BODY in load(files / "out.nii.gz")
+    from maisi_cli.errors import UsageError
+    from maisi_cli.masks import load_mask
+
+    with pytest.raises(UsageError, match="no body envelope"):
+        load_mask(Path("odd.nii.gz"), labels="mine.toml")
+    save(files / "whole.nii.gz", labels_with(1, 3, BODY))
+    assert BODY in load_mask(Path("whole.nii.gz"), labels="mine.toml").ids()
+    done = maisi("labels map whole.nii.gz out3.nii.gz --from mine.toml --json").json
+    assert (done["body_envelope"], [row["id"] for row in done["without_partner"]]) == (True, [3])
+
+
+def test_labels_of_nv_segment_need_only_the_body(maisi, files):
+    save(files / "nv.nii.gz", labels_with(1, 3, 132))
+    check = maisi("labels check nv.nii.gz --labels nv-segment-ct")
+    assert (check.code, "maisi labels add-body nv.nii.gz" in check.out) == (1, True)
+    there = maisi("labels map nv.nii.gz mapped.nii.gz --from nv-segment-ct --json").json
+    assert (there["without_partner"], there["merged"], there["body_envelope"]) == ([], [], False)
+    np.testing.assert_array_equal(load(files / "mapped.nii.gz"), load(files / "nv.nii.gz"))
+    maisi("labels add-body mapped.nii.gz body.nii.gz --ct ct.nii.gz")
+    back = maisi("labels map body.nii.gz back.nii.gz --from maisi --to nv-segment-ct --json").json
+    assert [(row["id"], row["became"]) for row in back["without_partner"]] == [(BODY, 0)]
+    np.testing.assert_array_equal(load(files / "back.nii.gz"), load(files / "nv.nii.gz"))
 
 
 def test_the_command_that_check_and_generate_name_adds_the_body(maisi, files):

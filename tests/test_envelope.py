@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maisi_cli import phantom
 from maisi_cli.anatomy import BODY, remap_table
 from maisi_cli.envelope import add_body, close, dilate, erode, largest
 from maisi_cli.errors import UsageError
@@ -91,6 +92,65 @@ def test_a_hollow_table_is_not_body():
     assert 2 * (found & body).sum() / (found.sum() + body.sum()) > 0.99
 
 
+def on_a_table(*, gap: int, pillars: bool) -> tuple[Volume, Mask, np.ndarray, np.ndarray, np.ndarray]:
+    """Return a phantom above a couch of foam in a shell, its labels without 200, and where body, couch and foam are."""
+    grid = Geometry(size=(96, 96, 48), spacing=(4.5, 4.5, 6.0))
+    truth = phantom.body(grid, 3, regions=("chest", "abdomen"))
+    hu = phantom.render(truth, 3).array.astype(np.float32)
+    body = truth.array > 0
+    top = int(np.flatnonzero(body.any(axis=(0, 2)))[0]) - gap
+    couch, foam = np.zeros(grid.size, bool), np.zeros(grid.size, bool)
+    couch[12:84, top - 9 : top] = True
+    foam[14:82, top - 7 : top - 2] = True
+    hu[couch], hu[foam] = -150, -930
+    if pillars:  # straps of three voxels from the couch into the back
+        strap = np.zeros(grid.size, bool)
+        strap[47:50, top : top + gap + 12, 10:40] = True
+        couch |= strap & ~body
+        hu[strap & ~body] = -150
+    labels = np.where(truth.array == BODY, 0, truth.array).astype(np.uint8)
+    return Volume(array=hu, geometry=grid), Mask(array=labels, geometry=grid), body, couch, foam
+
+
+def dice(found: np.ndarray, body: np.ndarray) -> float:
+    return float(2 * (found & body).sum() / (found.sum() + body.sum()))
+
+
+@pytest.mark.parametrize("pillars", [False, True])
+def test_a_couch_below_the_patient_is_let_go(pillars):
+    image, mask, body, couch, foam = on_a_table(gap=6, pillars=pillars)
+    found = add_body(mask, image).array > 0
+    assert dice(found, body) > 0.99
+    assert not found[couch & ~ndimage.binary_dilation(body, iterations=3)].any()
+    if pillars:  # it is the opening that loosens it
+        assert (add_body(mask, image, bed=1).array > 0)[couch & ~foam].all()
+
+
+def test_the_foam_of_a_couch_that_touches_the_patient_is_taken_out():
+    image, mask, body, couch, foam = on_a_table(gap=0, pillars=False)
+    events = []
+    found = add_body(mask, image, on_event=events.append).array > 0
+    assert not found[foam].any()
+    assert found[couch & ~foam].all()  # its shell is as dense as fat: it stays, as in the reference
+    assert "of the envelope for the table" in events[-1].text
+    left_in = add_body(mask, image, table_fraction=1.0).array > 0
+    assert left_in[foam].all()
+    assert dice(left_in, body) < 0.9 < dice(found, body)
+
+
+@pytest.mark.parametrize(("voxels", "kept"), [(3199, True), (3200, False)])
+def test_a_hollow_of_one_twentieth_of_the_envelope_is_a_table(voxels, kept):
+    hu = np.full((48, 48, 48), -1000, np.float32)
+    hu[4:44, 4:44, 4:44] = 20
+    hollow = np.zeros((20, 20, 8), bool)
+    hollow.ravel()[:voxels] = True
+    hu[14:34, 14:34, 20:28][hollow] = -900
+    grid = Geometry(size=hu.shape, spacing=(2, 2, 2))
+    found = add_body(Mask(array=np.zeros(hu.shape, np.uint8), geometry=grid), Volume(array=hu, geometry=grid)).array == BODY
+    assert found.sum() == 40**3 - (0 if kept else voxels)
+    assert found[hu == -900].all() == kept
+
+
 def test_lungs_without_a_label_are_kept_when_told_so():
     image, mask, body = patient(lungs=False)
     lung = body & (image.array < -800)
@@ -126,9 +186,10 @@ def test_a_real_ct(shared):
     assert (result.array > 0)[soft].mean() > 0.99
     air = largest(image.array < -800)
     assert (result.array > 0)[air].mean() < 0.02
-    # the body is one piece: the table below it was let go
+    # the body is one piece: the table below it was let go, which the opening loosens
     _, pieces = ndimage.label(result.array > 0, structure=np.ones((3, 3, 3)))
     assert pieces == 1
+    assert 2000 < (add_body(mask, image, bed=1).array > 0).sum() - (result.array > 0).sum() < 5000
 
 
 def test_wrong_use_is_refused():

@@ -112,7 +112,7 @@ def test_each_row_is_a_sample_of_its_own_and_can_be_repeated_alone(tmp_path: Pat
     made = list(generate(manifest=str(path), out=str(out), seed=9, **SMALL))
     assert [sample.id for sample in made] == ["one", "two {x}", "three"]
     assert [(sample.index, sample.seed) for sample in made] == [(0, 9), (1, 9), (2, 4)]
-    assert {file.name for file in out.iterdir()} == {
+    assert {file.name for file in out.iterdir()} == {"labels.json"} | {
         f"{name}_{end}" for name in ("one", "two {x}", "three") for end in ("label.nii.gz", "record.json")
     }
     alone = tmp_path / "alone"
@@ -120,7 +120,7 @@ def test_each_row_is_a_sample_of_its_own_and_can_be_repeated_alone(tmp_path: Pat
     capsys.readouterr()
     again, first = read_mask(alone / "two {x}_label.nii.gz"), read_mask(out / "two {x}_label.nii.gz")
     assert np.array_equal(again.array, first.array)
-    assert len(list(alone.iterdir())) == 2
+    assert len(list(alone.iterdir())) == 3  # label, record, labels.json
 
 
 def test_rows_without_a_seed_share_the_one_that_is_drawn(tmp_path: Path) -> None:
@@ -195,4 +195,4 @@ def test_a_row_without_a_mask_does_not_keep_the_others_from_being_made(tmp_path:
     made = []
     with pytest.raises(Rejected, match="1 of 2 samples"):
         made.extend(generate(manifest=str(path), out=str(tmp_path / "run"), seed=1, retries=0, **SMALL))
-    assert [file.name for file in sorted((tmp_path / "run").iterdir())] == ["b_label.nii.gz", "b_record.json"]
+    assert [file.name for file in sorted((tmp_path / "run").iterdir())] == ["b_label.nii.gz", "b_record.json", "labels.json"]

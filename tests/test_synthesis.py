@@ -46,7 +46,7 @@ def make(model: str, **values: Any) -> list[Sample]:
 def test_a_sample_has_files_that_agree(model: str) -> None:
     sample = make(model, preview=True, keep_latent=True)[0]
     assert sorted(path.name for path in Path("run").iterdir()) == [
-        "s0_image.nii.gz", "s0_label.nii.gz", "s0_latent.npy", "s0_preview.png", "s0_record.json"]  # fmt: skip
+        "labels.json", "s0_image.nii.gz", "s0_label.nii.gz", "s0_latent.npy", "s0_preview.png", "s0_record.json"]  # fmt: skip
     image, label = nibabel.load(sample.paths["image"]), nibabel.load(sample.paths["label"])
     assert (image.get_data_dtype(), label.get_data_dtype()) == (np.int16, np.uint8)
     assert np.array_equal(image.affine, label.affine)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import doctor, labels, models, output
+from . import doctor, labelmaps, models, output
 from .options import Force, Json, Quiet, Verbose, examples
 from .wording import facts, number, toml, triple, verdict, words, yes
 
@@ -397,7 +397,7 @@ def _info_volume(file: Path, vocabulary: str, as_json: bool) -> None:
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(presets_app, name="presets")
-    app.add_typer(labels.app, name="labels")
+    app.add_typer(labelmaps.app, name="labels")
     app.add_typer(models.models_app, name="models")
     app.add_typer(plugins_app, name="plugins")
     epilog = examples("maisi info label.nii.gz", "maisi info sample_record.json", "maisi info ct.nii.gz --json")

@@ -16,6 +16,7 @@ from ..catalog import ModelSpec
 from ..errors import UsageError
 from ..events import Note, OnEvent, ignore
 from ..geometry import Geometry
+from ..labelfile import RENUMBERED, asked_for
 from ..lesions import NoRoom, place
 from ..repair import lesions_of, without_lesions
 from ..seeds import derive
@@ -82,6 +83,7 @@ def own(settings: GenerateSettings, *, spec: ModelSpec | None = None, on_event: 
 def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = False, on_event: OnEvent = ignore) -> Mask:
     """Read a mask, map it from the vocabulary `labels`, and check that it can condition a network."""
     mask = read_mask(path, on_event=on_event)
+    has_body = remap_table(labels).has_body(mask.ids())  # as it comes: what has no partner becomes 200, and is no envelope
     if labels != "maisi":
         mask = map_labels(mask, labels, "maisi", on_event=on_event)
     if not mask.ids():
@@ -90,7 +92,7 @@ def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = F
     if unknown:
         raise UsageError(f"{path} holds ids that MAISI does not have: {', '.join(map(str, unknown[:8]))}",
                          hint="name its vocabulary, such as --labels totalsegmentator, or see  maisi labels check FILE")  # fmt: skip
-    if BODY not in mask.ids() and not allow_missing_body:
+    if not has_body and not allow_missing_body:
         raise UsageError(f"{path} has no body envelope (label {BODY}), without which images lose their quality",
                          hint=f"maisi labels add-body {path} NEW.nii.gz --ct CT.nii.gz, or --allow-missing-body")  # fmt: skip
     return mask
@@ -99,10 +101,11 @@ def load_mask(path: Path, *, labels: str = "maisi", allow_missing_body: bool = F
 def map_labels(mask: Mask, source: str, target: str = "maisi", *, on_event: OnEvent = ignore) -> Mask:
     """Return the mask in another vocabulary; what has no partner becomes body (200), and is said.
 
-    An envelope that is there already (200) stays.
+    An envelope that is there already (200, where the source calls nothing else so) stays.
     """
     remap = remap_table(source, target)
-    lost = {value: name for value, name in remap.unmapped(mask.ids()).items() if value != BODY}
+    kept = {BODY} if target == "maisi" and BODY not in remap.names else set()
+    lost = {value: name for value, name in remap.unmapped(mask.ids()).items() if value not in kept}
     table = np.array(remap.table(other=BODY if target == "maisi" else 0), dtype=np.uint8)
     if target == "maisi":
         table[BODY] = remap.pairs.get(BODY, BODY)
@@ -165,12 +168,12 @@ def renumbered(mask: Mask, settings: GenerateSettings) -> Mask:
     What is asked for are the names of `anatomy_size` where there are any, else those of `anatomy`; with neither the mask
     stays as it is.
     """
-    names = [text.partition("=")[0] for text in settings.anatomy_size] or list(settings.anatomy)
-    if not names:
+    numbering = asked_for(settings)
+    if not numbering:
         return mask
     table = np.zeros(256, dtype=np.uint8)
-    table[[maisi().id(name) for name in names]] = np.arange(1, len(names) + 1)
-    return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary="reference")
+    table[list(numbering)] = np.arange(1, len(numbering) + 1)
+    return Mask(array=table[mask.array], geometry=mask.geometry, vocabulary=RENUMBERED, numbering=numbering)
 
 
 def conditioned(mask: Mask, spec: ModelSpec) -> Conditioned:

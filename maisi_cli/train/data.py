@@ -24,6 +24,7 @@ from ..errors import UsageError
 from ..events import Note, OnEvent, Saved, Stage, Step, ignore
 from ..files import refuse_overwriting, write_atomic
 from ..geometry import Geometry
+from ..labelfile import require_labels, write_labels
 from ..volumes import read_image, read_mask, write_image, write_mask
 
 LIST_NAME = "list.json"
@@ -89,13 +90,14 @@ def write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def make_phantoms(
     out: str | Path, count: int, *, seed: int = 0, force: bool = False, size: int = 128, workers: int = 0, on_event: OnEvent = ignore
 ) -> Path:  # fmt: skip
-    """Write `count` procedural cases (image, label) and their list; every tenth is held out (fold 0).
+    """Write `count` procedural cases (image, label), `labels.json` and their list; every tenth is held out (fold 0).
 
     Case k depends on (seed, k) alone, whatever the number of `workers` (processes; 0: one per core). Sizes up to `size`
     voxels per axis, at 2.5 to 4 mm. Returns the list's path.
     """
     out = Path(out)
     refuse_overwriting(out / LIST_NAME, force=force)
+    require_labels(out)
     on_event(Stage(name="phantom", detail=f"{count} cases"))
     workers = min(count, workers or os.cpu_count() or 1)
     case = functools.partial(_phantom_case, out, seed, size, force)
@@ -110,6 +112,7 @@ def make_phantoms(
         for row in made:
             rows.append(row)
             on_event(Step(stage="phantom", done=len(rows), total=count))
+    write_labels(out)
     write_list(out / LIST_NAME, rows)
     on_event(Saved(path=out / LIST_NAME, kind="list"))
     return out / LIST_NAME

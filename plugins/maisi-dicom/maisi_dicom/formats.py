@@ -15,6 +15,7 @@ import pydicom
 from maisi_cli.catalog import modality as find_modality
 from maisi_cli.errors import UsageError
 from maisi_cli.files import writes
+from maisi_cli.labelfile import numbering_of
 from maisi_cli.volumes import Sample, read_geometry, require_same_grid
 from pydicom.dataset import Dataset
 
@@ -38,6 +39,11 @@ def _names(format: str, *needs: str) -> Callable[[str, GenerateSettings], list[s
     def names(id: str, settings: GenerateSettings) -> list[str]:
         has = {"paired": ("series", "seg", "rtstruct"), "image": ("series",), "mask": ("seg", "rtstruct")}[settings.mode]
         _require(format, has=has, modality=settings.modality, needs=needs)
+        if "series" not in needs and "seg" in has and numbering_of(settings):
+            raise UsageError(
+                f"format {format} holds labels of the MAISI vocabulary, and --compat reference numbers those of --anatomy anew",
+                hint="leave the format or --compat out",
+            )
         if settings.mask is not None and Path(settings.mask).is_file():
             planes_of(read_geometry(settings.mask))  # a sheared grid is refused now, not when the work is done
         kinds = [kind for kind in ("series", *(needs or ("seg",))) if kind in has]

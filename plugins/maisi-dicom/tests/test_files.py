@@ -17,7 +17,7 @@ import pydicom
 import pytest
 from maisi_cli import synthesis
 from maisi_cli.cli import run
-from maisi_cli.errors import CannotRun, UsageError
+from maisi_cli.errors import CannotRun, Rejected, UsageError
 from maisi_cli.plugins import load
 from maisi_cli.testing import tiny_model
 from maisi_cli.volumes import Mask, Sample, Volume
@@ -190,6 +190,40 @@ def test_generate_writes_pairs_and_resumes(plugged: None, tmp_path: Path, monkey
     with pytest.raises(UsageError, match="rtstruct needs samples with a mask"):
         list(synthesis.generate(**{**settings, "mode": "image", "format": "dicom,rtstruct", "out": "other"}))
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("format", ["dicom", "dicom-seg", "rtstruct", "dicom-ct"])
+@pytest.mark.parametrize("mode", ["paired", "mask", "image"])
+def test_what_a_format_cannot_hold_is_refused_before_the_work(
+    format: str, mode: str, plugged: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(tiny_model(tmp_path / "model"))
+    settings = {
+        "model": model,
+        "size": "16x16x16",
+        "spacing": "24x24x24",
+        "seed": 5,
+        "out": "run",
+        "name": "s",
+        "format": format,
+        "mode": mode,
+    }
+    begun: list[object] = []
+    monkeypatch.setattr(synthesis._Run, "make", lambda *job: begun.append(job))
+    fits = {"dicom": {"paired", "mask", "image"}, "dicom-ct": {"paired", "image"}}.get(format, {"paired", "mask"})
+    if mode not in fits:
+        with pytest.raises(UsageError, match="needs samples with"):
+            list(synthesis.generate(**settings))
+        assert not begun
+    if mode != "image" and format != "dicom-ct":  # labels numbered 1, 2, ... are none of MAISI's
+        with pytest.raises(UsageError, match="numbers those of --anatomy anew"):
+            list(synthesis.generate(**settings, anatomy="liver", compat="reference"))
+        assert not begun
+    elif mode in fits:
+        with pytest.raises(Rejected):  # nothing comes of it, but it was begun
+            list(synthesis.generate(**settings))
+        assert len(begun) == 1
+    assert not Path("run").exists()
 
 
 def test_a_sheared_mask_is_refused_before_the_work(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:
