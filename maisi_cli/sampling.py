@@ -149,5 +149,15 @@ def family_of(sampler: Sampler) -> str:
     return str(getattr(sampler, "family", "flow"))
 
 
+def require_family(model: str, own: tuple[str, Sampler], asked: tuple[str, Sampler]) -> None:
+    """Refuse a sampler of another family than that of the model's own: its networks would make noise.
+
+    Samplers come with their names. Raises `UsageError`.
+    """
+    if family_of(asked[1]) != family_of(own[1]):
+        raise UsageError(f"model {model} was trained for the scheduler {own[0]}, of another family than {asked[0]}",
+                         hint=f"use --scheduler {own[0]}, or leave it out")  # fmt: skip
+
+
 ddpm.family = "ddpm"  # type: ignore[attr-defined]
 euler.family = "flow"  # type: ignore[attr-defined]

@@ -206,6 +206,8 @@ VALUES = [
     ("generate --mode image --mask-source phantom", "--mode image makes an image without a mask", "leave --mask-source out"),
     ("generate --mode mask --keep-latent", "--mode mask makes no latent", "leave --keep-latent out"),
     ("generate --on-qc-fail keep --retries 5", "--retries 5 would go unused", "leave --retries out"),
+    (f"{TINY_VOLUME} --scheduler ddpm --dry-run", "trained for the scheduler rflow", "--scheduler rflow"),
+    ("generate --model ddpm-ct --scheduler rflow --dry-run", "trained for the scheduler ddpm", "--scheduler ddpm"),
     (f"{TINY_VOLUME} --scheduler ddpm", "trained for the scheduler rflow", "--scheduler rflow"),
     ("generate --mode image --anatomy liver", "--mode image makes no mask", "leave --anatomy out"),
     (f"{TINY_VOLUME} --name a/b", "makes the file name 'a/b'", "slashes"),

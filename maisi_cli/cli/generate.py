@@ -136,6 +136,7 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
     from ..errors import CannotRun
 
     chosen = resolved.settings
+    _require_sampler(chosen)
     geometry = None
     if chosen.mask is not None:
         from .. import masks
@@ -152,6 +153,19 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
     except CannotRun as error:
         return plan, error
     return plan, None
+
+
+def _require_sampler(chosen: Any) -> None:
+    """Refuse a sampler that the model was not trained for; torch is imported where another one than its own is asked for alone."""
+    from .. import catalog
+    from ..plugins import plugins
+
+    spec, samplers = catalog.model(chosen.model), plugins().registry("samplers")
+    own = str(spec.scheduler.get("name", "rflow"))
+    if chosen.scheduler != own:
+        from .. import sampling
+
+        sampling.require_family(spec.name, (own, samplers.get(own)), (chosen.scheduler, samplers.get(chosen.scheduler)))
 
 
 def _dry_run_rows(rows: list[Any], *, as_json: bool) -> int:
