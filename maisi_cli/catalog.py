@@ -20,6 +20,7 @@ from .registry import Entry
 KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
 PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
 MODES = ("paired", "image", "mask")
+SCHEDULER_KEYS = ("name", "num_train_timesteps", "base_voxels", "beta_start", "beta_end", "schedule", "clip_sample", "latent_size")
 HUB_NAME = r"[\w-][\w.+-]*"
 LAYOUTS = ("safetensors", "state_dict", "unet", "controlnet", "mask_unet", "data")
 
@@ -415,7 +416,11 @@ def read_model(path: Path) -> ModelSpec:
     data.setdefault("modes", ["paired", "image"] if has_control else ["image"])
     data.setdefault("scheduler", {"name": "rflow"})
     data.setdefault("mask_scheduler", {})
-    data.setdefault("defaults", {})
+    for where in ("scheduler", "mask_scheduler"):
+        for key in _table(data[where], path, where):
+            if key not in SCHEDULER_KEYS:
+                raise _unknown_key(path, f"{where}.{key}", SCHEDULER_KEYS)
+    _table(data.setdefault("defaults", {}), path, "defaults")
     data.setdefault("summary", "")
     data.setdefault("name", path.stem)
     data.setdefault("modality", main)

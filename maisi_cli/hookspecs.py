@@ -81,6 +81,8 @@ def register_checks(register: Register) -> None:
     """Add quality checks: `register("hu-median", "maisi_cli.quality:hu_median")`.
 
     The target is a function `check(image, mask, context) -> list[Finding]`; it runs in `generate` and in `qc`.
+    One that looks at labels alone has the attribute `needs_image` = False: `qc` then runs it on a label map without an image,
+    with None for the image.
     """
 
 

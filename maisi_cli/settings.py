@@ -417,7 +417,7 @@ def _preset_values(preset: Any) -> dict[str, Any]:
 
 
 def _model_defaults(spec: Any) -> dict[str, Any]:
-    values = {key: value for key, value in spec.defaults.items() if key in KEYS}
+    values = dict(spec.defaults)
     values.setdefault("scheduler", str(spec.scheduler.get("name", "rflow")))
     values.setdefault("modality", spec.modality)
     return {key: parse_value(key, value, f"model {spec.name}") for key, value in values.items()}

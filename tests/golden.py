@@ -86,11 +86,15 @@ def spec(shared: Shared, family: str) -> ModelSpec:
     )  # fmt: skip
 
 
-def model_file(shared: Shared, family: str, folder: Path, *, limits: str = "", latent: tuple[int, int, int] = (16, 16, 16)) -> Path:
+def model_file(
+    shared: Shared, family: str, folder: Path, *, limits: str = "", latent: tuple[int, int, int] = (16, 16, 16),
+    modalities: tuple[str, ...] = ("ct",),
+) -> Path:  # fmt: skip
     """Write a model `.toml` of the small networks, with the small mask database, to `folder`; return its path."""
     small = spec(shared, family)
     lines = ['schema = "maisi.model/1"', f'name = "{small.name}"', 'modes = ["paired", "image", "mask"]',
-             "[limits]", limits or "multiple = 16\nsize_min = 16\nsize_max = 64", "[scheduler]", f'name = "{family}"',
+             f"modalities = {json.dumps(modalities)}", "[limits]",
+             limits or "multiple = 16\nsize_min = 16\nsize_max = 64", "[scheduler]", f'name = "{family}"',
              "[mask_scheduler]", 'name = "ddpm"', f"latent_size = {list(latent)}"]  # fmt: skip
     for part, network in small.networks.items():
         lines += [f"[networks.{part}]", f'kind = "{network.kind}"']

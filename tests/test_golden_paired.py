@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from maisi_cli.anatomy import maisi
+from maisi_cli.anatomy import maisi, region_index
 from maisi_cli.catalog import model
 from maisi_cli.decoding import decode, reference_decoder, to_hu
+from maisi_cli.errors import UsageError
 from maisi_cli.events import Event, Note
 from maisi_cli.geometry import Geometry
 from maisi_cli.masks import database, denoising, fitting, own, renumbered, sizes
@@ -124,6 +125,31 @@ def test_the_search_finds_the_mask_that_the_reference_finds(shared: Shared) -> N
     mask = read_mask(shared("golden/datasets/all_masks_small") / found[0].file)
     assert np.array_equal(mask.array, golden.arrays["mask_read_0"])
     assert fitting.fit(mask, geometry, compat=True).array is mask.array
+
+
+def test_every_search_finds_the_masks_that_the_reference_finds(shared: Shared) -> None:
+    found = case(shared, "u01_labels").meta["scalars"]["find_masks"]
+    entries = database.read_index(shared("golden/datasets/candidate_masks_small.json"), compat=True)
+    searches = {key: files for key, files in found.items() if "/" in key}
+    assert len(searches) == 7
+    for key, files in searches.items():
+        regions, organs, grid = key.split("/")
+        wanted = database.Wanted(
+            organs=frozenset(ast.literal_eval(organs)), regions=tuple(map(region_index, regions.split("+"))), compat=True
+        )
+        made = database.suitable(entries, wanted)
+        if grid.startswith("exact"):
+            made = database.exact(made, Geometry(size=(64, 64, 64), spacing=(1.5, 1.5, 2.0)), compat=True)
+        assert [each.file for each in made] == (files if isinstance(files, list) else []), key  # an error where the reference finds none
+    with pytest.raises(UsageError, match="no body region 'neck'"):
+        region_index("neck")
+
+
+def test_labels_are_filtered_and_numbered_as_the_reference_does(shared: Shared) -> None:
+    mask = read_mask(shared("golden/datasets/all_masks_small/m1.nii.gz"))
+    names = tuple(maisi().name_of(label) for label in (23, 1, 28))
+    made = renumbered(mask, GenerateSettings(anatomy=names))
+    assert np.array_equal(made.array, case(shared, "u01_labels").arrays["filter_mask_23_1_28"])
 
 
 @pytest.mark.parametrize("name", ["p20_paired_rflow_db_exact", "p23_paired_rflow_maskgen"])
