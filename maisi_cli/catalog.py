@@ -21,6 +21,14 @@ KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
 PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
 MODES = ("paired", "image", "mask")
 SCHEDULER_KEYS = ("name", "num_train_timesteps", "base_voxels", "beta_start", "beta_end", "schedule", "clip_sample", "latent_size")
+SCHEDULER_VALUES = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "schedule": "scaled_linear_beta",
+    "clip_sample": False,
+}
+"""What the samplers are made for: a model file may state it, and nothing else."""
 HUB_NAME = r"[\w-][\w.+-]*"
 LAYOUTS = ("safetensors", "state_dict", "unet", "controlnet", "mask_unet", "data")
 
@@ -417,9 +425,12 @@ def read_model(path: Path) -> ModelSpec:
     data.setdefault("scheduler", {"name": "rflow"})
     data.setdefault("mask_scheduler", {})
     for where in ("scheduler", "mask_scheduler"):
-        for key in _table(data[where], path, where):
+        for key, value in _table(data[where], path, where).items():
             if key not in SCHEDULER_KEYS:
                 raise _unknown_key(path, f"{where}.{key}", SCHEDULER_KEYS)
+            if value != SCHEDULER_VALUES.get(key, value):
+                raise UsageError(f"{path}: {where}.{key} is {value!r}, and the samplers are made for {SCHEDULER_VALUES[key]!r}",
+                                 hint="register a sampler of your own (maisi plugins list), and leave the key out")  # fmt: skip
     _table(data.setdefault("defaults", {}), path, "defaults")
     data.setdefault("summary", "")
     data.setdefault("name", path.stem)

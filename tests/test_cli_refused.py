@@ -239,6 +239,7 @@ def test_a_trap_is_a_trap(tmp_path: Path) -> None:
         ("[defaults]\nsteps = 2", "[defaults]\nsteps = 'two'", "--steps 'two' (model tiny)", "whole number"),
         ("[defaults]\nsteps = 2", "defaults = 2", "defaults is 2, not a table", "[defaults]"),
         ('[scheduler]\nname = "rflow"', '[scheduler]\nnme = "ddpm"', "unknown key scheduler.nme", "'name'"),
+        ('[scheduler]\nname = "rflow"', '[scheduler]\nname = "rflow"\nbeta_end = 0.02', "scheduler.beta_end is 0.02", "leave the key out"),
         ('[scheduler]\nname = "rflow"', '[scheduler]\nname = "rflow"\n[mask_scheduler]\nlatent_sise = [8, 8, 8]',
          "unknown key mask_scheduler.latent_sise", "'latent_size'"),
     ],
