@@ -1,4 +1,4 @@
-"""From a latent to an image: the VAE's decoder on the whole volume, or on overlapping windows."""
+"""From a latent to an image: the VAE's decoder on the whole volume, in slabs, or on overlapping windows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import streaming
 from .catalog import modality as find_modality
 from .errors import UsageError
 from .events import OnEvent, Step, ignore
@@ -18,12 +19,13 @@ CT_RANGE_HU = (-1000.0, 1000.0)
 
 
 def decode(
-    networks: Networks, latent: Tensor, *, decoder: str = "exact", window: Sequence[int] | None = None, overlap: float = 0.4,
-    on_event: OnEvent = ignore,
+    networks: Networks, latent: Tensor, *, decoder: str = "exact", sweeps: str = "store", window: Sequence[int] | None = None,
+    overlap: float = 0.4, on_event: OnEvent = ignore,
 ) -> Tensor:  # fmt: skip
     """Decode a latent (1, C, x, y, z) to intensities (1, 1, 4x, 4y, 4z) in float32; the latent is divided by the scale.
 
-    `exact` decodes the whole volume at once. `window` decodes windows of `window` latent voxels that overlap by the share
+    `exact` gives what decoding the whole volume at once gives, slab by slab, on the CPU; `sweeps` is a mode of
+    `streaming.MODES`: what it holds at full resolution. `window` decodes windows of `window` latent voxels that overlap by the share
     `overlap`, blended with a Gaussian; every window has GroupNorm statistics of its own, so seams can show. Raises
     `UsageError` for a window that is not positive or an overlap outside [0, 1).
     """
@@ -36,7 +38,7 @@ def decode(
         return made.float()
 
     if decoder == "exact":
-        return call(z)
+        return _decode_slabs(networks, z, sweeps, on_event)
     if decoder != "window":
         raise UsageError(f"there is no decoder {decoder!r}", hint="use --decoder auto, exact or window")
     if window is None or min(window) < 1:
@@ -44,6 +46,23 @@ def decode(
     if not 0 <= overlap < 1:
         raise UsageError(f"overlap is {overlap:g}", hint="use a share from 0 to below 1, such as --overlap 0.4")
     return decode_window(call, z, window, overlap, on_event=on_event)
+
+
+def _decode_slabs(networks: Networks, z: Tensor, sweeps: str, on_event: OnEvent) -> Tensor:
+    def on_step(done: int, total: int) -> None:
+        on_event(Step(stage="decode", done=done, total=total))
+
+    made: Tensor | None = None
+    done = 0
+    with torch.inference_mode(), networks.precision(networks.device):
+        for slab in streaming.decoded(networks.parts["vae"], z, mode=sweeps, on_step=on_step):
+            if made is None:
+                factor = slab.shape[3] // z.shape[3]
+                made = torch.empty((*slab.shape[:2], *(n * factor for n in z.shape[2:])), dtype=torch.float32)
+            made[:, :, done : done + slab.shape[2]] = slab.cpu()
+            done += slab.shape[2]
+    assert made is not None
+    return made
 
 
 def decode_window(call, z: Tensor, window: Sequence[int], overlap: float, *, on_event: OnEvent = ignore) -> Tensor:  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import streaming
 from .catalog import ModelSpec, NetworkSpec
 from .errors import CannotRun, UsageError
 from .planning import default_dtype
@@ -262,9 +263,9 @@ class Networks:
         return denoise
 
     def encode(self, image: Tensor) -> Tensor:
-        """Encode (B, 1, X, Y, Z) intensities in [0, 1] to the mean latent, times the scale factor."""
+        """Encode (1, 1, X, Y, Z) intensities in [0, 1] to the mean latent, times the scale factor, slab by slab and exactly."""
         with torch.inference_mode(), self.precision(self.device):
-            mean, _ = self.parts["vae"].encode(image.to(self.device))  # type: ignore[operator]
+            mean = streaming.encoded(self.parts["vae"], image.to(self.device))
         return mean.float() * self.scale_factor
 
 

@@ -5,6 +5,7 @@ Figures come from the measured rows of the GPU presets; where nothing was measur
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .catalog import ModelSpec
+from .catalog import ModelSpec, NetworkSpec
 from .catalog import model as find_model
 from .errors import CannotRun
-from .geometry import Geometry, format_triple
+from .geometry import Geometry, Size, format_triple
 from .settings import GenerateSettings, Resolved
 
 NOT_MODELLED = "not modelled"
@@ -147,6 +148,11 @@ def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | Non
     return replace(made, geometry=target)
 
 
+def device_of(name: str) -> Gpu:
+    """Return the device that torch calls `name`, with its memory: the processor, or the GPU that is found here."""
+    return detect() if name.startswith("cuda") else Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
+
+
 def gpu_of(settings: GenerateSettings) -> Gpu:
     """Return the device that the settings name: a GPU preset's, the processor, or what is found here."""
     from . import presets
@@ -185,6 +191,8 @@ def predict(
     else:
         why = "asked for"
     decode = [Choice(name="decoder", value=decoder, reason=why)]
+    if decoder == "exact" and geometry is not None:
+        decode.append(sweeps(spec.networks["vae"], geometry.size, dtype, gpu))
     decode += [Choice(name="window", value=list(window) if window and decoder == "window" else None, reason="latent voxels"),
                Choice(name="overlap", value=overlap if decoder == "window" else None, reason="share of the window")]  # fmt: skip
     seconds: tuple[float | None, float | None] = (None, None)
@@ -204,6 +212,25 @@ def predict(
         where = format_triple(geometry.size) if geometry else "the size of the mask"
         notes.append(f"memory and time of {spec.name} at {where} on {gpu.name}: {reason}")
     return Plan(model=spec.name, geometry=geometry, gpu=gpu, stages=tuple(stages), fits=fits, margin_gib=margin, warnings=tuple(notes))
+
+
+def sweeps(network: NetworkSpec, size: Size, dtype: str, gpu: Gpu) -> Choice:
+    """Return what the exact decoder holds at full resolution (`streaming.MODES`): as much as half of the memory allows.
+
+    `store` holds the channels of the finest upsampling, or twice those of the finest level, and runs every layer once; `half`
+    those of the level; `recompute` what lies below, at half of the resolution.
+    """
+    channels = [int(n) for n in network.arguments["num_channels"]]
+    finest, above = channels[0], channels[min(1, len(channels) - 1)]
+    bytes_each = 4 if dtype == "fp32" else 2
+    # while a sweep consumes one tensor and makes the next, a slab of each is there besides
+    held = {"store": max(above, 2 * finest), "half": finest + above // 8, "recompute": above * 2 / 8}
+    gib = {mode: count * math.prod(size) * bytes_each / 2**30 for mode, count in held.items()}
+    if gpu.memory_gib is None:
+        return Choice(name="sweeps", value="store", reason=f"holds {gib['store']:.1f} GiB at full resolution; memory not known")
+    room = gpu.memory_gib / 2
+    mode = next((mode for mode, need in gib.items() if need <= room), "recompute")
+    return Choice(name="sweeps", value=mode, reason=f"holds {gib[mode]:.1f} GiB at full resolution, of {gpu.memory_gib:g}")
 
 
 def _measured(

@@ -260,9 +260,10 @@ class _Run:
             write_atomic(self.out / f"{job.id}_latent.npy", _npy(latent))
         with clock("decode"):
             self.tell(Stage(name="decode", detail=str(self.plan.choice("decoder")), sample=job.index))
+            decoder = self.plan.choice("decoder")
             intensity = decoding.decode(
-                nets, latent, decoder=self.plan.choice("decoder"), window=self.plan.choice("window"),
-                overlap=self.plan.choice("overlap") or 0.0, on_event=self.tell,
+                nets, latent, decoder=decoder, sweeps=self.plan.choice("sweeps") if decoder == "exact" else "store",
+                window=self.plan.choice("window"), overlap=self.plan.choice("overlap") or 0.0, on_event=self.tell,
             )  # fmt: skip
             image = Volume(array=decoding.to_hu(intensity, settings.modality), geometry=inner, modality=settings.modality)
             image = onto(image, grid)

@@ -5,21 +5,18 @@ The UNet takes the sizes as one context token; the decoder's 125 channels are ta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import networks, sampling
+from .. import networks, sampling, streaming
 from ..anatomy import remap_table
 
 if TYPE_CHECKING:
     from .sizes import Vector
-
-SLAB = 8
-"""Planes of the decoder's channels that are held at once."""
 
 
 def denoiser(nets: networks.Networks, sizes: Vector, *, compat: bool = False) -> sampling.Denoise:
@@ -39,26 +36,15 @@ def denoiser(nets: networks.Networks, sizes: Vector, *, compat: bool = False) ->
     return denoise
 
 
-def decode(nets: networks.Networks, latent: Tensor, *, slab: int = SLAB) -> NDArray[np.uint8]:
+def decode(nets: networks.Networks, latent: Tensor, *, sweeps: str = "store", planes: int | None = None) -> NDArray[np.uint8]:
     """Decode a latent (1, 4, x, y, z) to the most likely channel of each voxel, (4x, 4y, 4z), 0..124.
 
-    The decoder runs on the whole volume up to its last convolution, whose channels are made `slab` planes at a time and
-    never held for more; a softmax would not change which one is largest.
+    Slab by slab and exactly (`streaming.decoded`): the channels are held for one slab at a time, of `planes` planes. A softmax
+    would not change which one is largest.
     """
-    vae: Any = nets.parts["mask_vae"]
     with torch.inference_mode(), nets.precision(nets.device):
-        features = vae.post_quant_conv(latent.to(nets.device) / nets.scale_factor)
-        *blocks, last = vae.decoder.blocks
-        for block in blocks:
-            features = block(features)
-        planes = features.shape[2]
-        found = torch.empty(features.shape[2:], dtype=torch.uint8)
-        for start in range(0, planes, slab):
-            stop = min(start + slab, planes)
-            low, high = max(start - 1, 0), min(stop + 1, planes)  # the kernel reaches one plane further
-            channels = last(features[:, :, low:high])[0, :, start - low : stop - low]
-            found[start:stop] = channels.argmax(dim=0).to(torch.uint8).cpu()
-    return found.numpy()
+        slabs = streaming.decoded(nets.parts["mask_vae"], latent.to(nets.device) / nets.scale_factor, mode=sweeps, planes=planes)
+        return torch.cat([channels[0].argmax(dim=0).to(torch.uint8).cpu() for channels in slabs]).numpy()
 
 
 def to_labels(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
