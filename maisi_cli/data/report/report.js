@@ -16,6 +16,7 @@
   const BODY = 200;
   const WHEEL_STEP = 50; // of deltaY: less than one notch of a mouse, several movements of a touchpad
   const KEEP = 4; // unpacked samples
+  const BONES = [150, 500], SKIN = [-600, 100]; // HU at which the 3D view begins and ends to show
   const CROSS = "rgba(99, 188, 217, 0.55)";
 
   const state = { number: -1, sample: null, volume: null, at: [0, 0, 0], low: 0, high: 1, opacity: 0.45, overlay: true, only: 0 };
@@ -193,41 +194,69 @@
     const width = size[plane.columns], height = size[plane.rows], stride = [1, size[0], size[0] * size[1]];
     const start = state.at[plane.across] * stride[plane.across];
     const across = stride[plane.columns], down = stride[plane.rows];
-    const grey = new ImageData(width, height), tint = new ImageData(width, height);
-    const scale = 255 / (state.high - state.low);
+    const grey = new ImageData(width, height), scale = 255 / (state.high - state.low);
+    const cut = label && state.overlay ? new Uint8Array(width * height) : null;
     for (let row = 0, pixel = 0; row < height; row++) {
       let voxel = start + (height - 1 - row) * down + (width - 1) * across;
-      for (let column = 0; column < width; column++, pixel += 4, voxel -= across) {
+      for (let column = 0; column < width; column++, pixel++, voxel -= across) {
         const level = image ? (image[voxel] - state.low) * scale : 0;
-        grey.data[pixel] = grey.data[pixel + 1] = grey.data[pixel + 2] = level;
-        grey.data[pixel + 3] = 255;
-        const id = label ? label[voxel] : 0;
-        if (!id) continue;
-        const edge = (column > 0 && label[voxel + across] !== id) || (row > 0 && label[voxel + down] !== id)
-          || (column < width - 1 && label[voxel - across] !== id) || (row < height - 1 && label[voxel - down] !== id);
-        const known = run.labels[id], colour = id === BODY ? [150, 160, 176] : known ? known[1] : [200, 200, 200];
-        tint.data[pixel] = colour[0]; tint.data[pixel + 1] = colour[1]; tint.data[pixel + 2] = colour[2];
-        tint.data[pixel + 3] = 255 * opacityOf(id, edge, !image);
+        grey.data[4 * pixel] = grey.data[4 * pixel + 1] = grey.data[4 * pixel + 2] = level;
+        grey.data[4 * pixel + 3] = 255;
+        if (cut) cut[pixel] = label[voxel];
       }
     }
-    const { canvas, grey: below, tint: above } = view;
-    for (const [sheet, pixels] of [[below, grey], [above, tint]]) {
-      sheet.width = width; sheet.height = height;
-      sheet.getContext("2d").putImageData(pixels, 0, 0);
-    }
+    const { canvas } = view;
     const ratio = window.devicePixelRatio || 1, pen = canvas.getContext("2d");
     canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
     canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
     const mm = [width * spacing[plane.columns], height * spacing[plane.rows]];
     const zoom = Math.min((canvas.width - 8 * ratio) / mm[0], (canvas.height - 8 * ratio) / mm[1]);
-    const fit = view.fit = { width: mm[0] * zoom, height: mm[1] * zoom };
-    fit.x = (canvas.width - fit.width) / 2;
-    fit.y = (canvas.height - fit.height) / 2;
+    const fit = view.fit = { width: Math.max(1, Math.round(mm[0] * zoom)), height: Math.max(1, Math.round(mm[1] * zoom)) };
+    fit.x = Math.floor((canvas.width - fit.width) / 2);
+    fit.y = Math.floor((canvas.height - fit.height) / 2);
     pen.imageSmoothingEnabled = true;
     pen.imageSmoothingQuality = "high";
-    pen.drawImage(below, fit.x, fit.y, fit.width, fit.height);
-    if (label && state.overlay) pen.drawImage(above, fit.x, fit.y, fit.width, fit.height);
+    const place = (sheet, pixels) => {
+      sheet.width = pixels.width; sheet.height = pixels.height;
+      sheet.getContext("2d").putImageData(pixels, 0, 0);
+      pen.drawImage(sheet, fit.x, fit.y, fit.width, fit.height);
+    };
+    place(view.grey, grey);
+    if (cut) place(view.tint, tinted(cut, width, height, fit.width, fit.height, !image));
     annotate(pen, view, plane, zoom, ratio);
+  }
+
+  // The colours of a slice of labels on the pixels of the screen: each takes the label that weighs most among the four
+  // voxels around it, so borders run smoothly and are one pixel thin.
+  function tinted(cut, width, height, wide, high, alone) {
+    const pixels = new ImageData(wide, high), ids = new Uint8Array(pixels.width * pixels.height);
+    for (let y = 0, k = 0; y < pixels.height; y++) {
+      const row = Math.min(height - 1, Math.max(0, ((y + 0.5) * height) / pixels.height - 0.5));
+      const top = Math.floor(row), bottom = Math.min(height - 1, top + 1), v = row - top;
+      for (let x = 0; x < pixels.width; x++, k++) {
+        const column = Math.min(width - 1, Math.max(0, ((x + 0.5) * width) / pixels.width - 0.5));
+        const left = Math.floor(column), right = Math.min(width - 1, left + 1), u = column - left;
+        const a = cut[top * width + left], b = cut[top * width + right], c = cut[bottom * width + left], d = cut[bottom * width + right];
+        if (a === b && a === c && a === d) { ids[k] = a; continue; }
+        const wa = (1 - u) * (1 - v), wb = u * (1 - v), wc = (1 - u) * v, wd = u * v;
+        const fa = wa + (b === a ? wb : 0) + (c === a ? wc : 0) + (d === a ? wd : 0), fb = wb + (c === b ? wc : 0) + (d === b ? wd : 0);
+        const fc = wc + (d === c ? wd : 0);
+        ids[k] = fa >= fb && fa >= fc && fa >= wd ? a : fb >= fc && fb >= wd ? b : fc >= wd ? c : d;
+      }
+    }
+    const table = [0, 1].map((edge) => Float32Array.from({ length: 256 }, (_, id) => (id ? 255 * opacityOf(id, edge === 1, alone) : 0)));
+    for (let y = 0, k = 0; y < pixels.height; y++) {
+      for (let x = 0; x < pixels.width; x++, k++) {
+        const id = ids[k];
+        if (!id) continue;
+        const edge = (x > 0 && ids[k - 1] !== id) || (y > 0 && ids[k - pixels.width] !== id)
+          || (x < pixels.width - 1 && !ids[k + 1]) || (y < pixels.height - 1 && !ids[k + pixels.width]);
+        const known = run.labels[id], colour = id === BODY ? [150, 160, 176] : known ? known[1] : [200, 200, 200];
+        pixels.data[4 * k] = colour[0]; pixels.data[4 * k + 1] = colour[1]; pixels.data[4 * k + 2] = colour[2];
+        pixels.data[4 * k + 3] = table[edge ? 1 : 0][id];
+      }
+    }
+    return pixels;
   }
 
   function opacityOf(id, edge, alone) {
@@ -371,12 +400,12 @@
   }
 
   // The samples' grid as a NIfTI file, which is what NiiVue reads.
-  function nifti(values, code, bits) {
+  function nifti(values, { code, bits, intent = 0 }) {
     const { size, spacing } = state.sample, file = new ArrayBuffer(352 + values.byteLength), header = new DataView(file);
     const short = (at, value) => header.setInt16(at, value, true), float = (at, value) => header.setFloat32(at, value, true);
     header.setInt32(0, 348, true);
     [3, ...size, 1, 1, 1, 1].forEach((value, k) => short(40 + 2 * k, value));
-    short(70, code); short(72, bits);
+    short(68, intent); short(70, code); short(72, bits);
     [1, ...spacing, 1, 1, 1, 1].forEach((value, k) => float(76 + 4 * k, value));
     float(108, 352); float(112, 1);
     header.setUint8(123, 2); short(254, 1);
@@ -415,15 +444,18 @@
     });
     await viewer.attachToCanvas(find("gl"));
     viewer.setSliceType(4);
+    viewer.setRenderAzimuthElevation(160, 12);
+    await viewer.setVolumeRenderIllumination(0.6);
     solid.viewer = viewer;
   }
 
   function solidKinds() {
     const { kinds, ct } = state.sample;
-    return [...(kinds.includes("image") ? (ct ? ["Bones", "Skin"] : ["Image"]) : []), ...(kinds.includes("label") ? ["Labels"] : [])];
+    return [...(kinds.includes("label") ? ["Labels"] : []), ...(kinds.includes("image") ? (ct ? ["Bones", "Skin"] : ["Image"]) : [])];
   }
 
   async function showSolid() {
+    if (!state.volume) return;
     const turn = ++solid.turn, kinds = solidKinds();
     if (!kinds.includes(solid.kind)) solid.kind = kinds[0];
     segments(find("solid-kind"), "solid", kinds, solid.kind, (kind) => { solid.kind = kind; showSolid(); });
@@ -432,11 +464,11 @@
       if (!solid.viewer || turn !== solid.turn) return;
       const { viewer, kind } = solid, { image, label } = state.volume, { NVImage } = window.niivue;
       const made = kind === "Labels"
-        ? await NVImage.new(nifti(label, 2, 8), "labels.nii", "gray", 1)
-        : await NVImage.new(nifti(image, 4, 16), "image.nii", { Bones: "ct_bones", Skin: "ct_surface", Image: "gray" }[kind], 1);
+        ? await NVImage.new(nifti(label, { code: 2, bits: 8, intent: 1002 }), "labels.nii", "gray", 1)
+        : await NVImage.new(nifti(image, { code: 4, bits: 16 }), "image.nii", kind === "Skin" ? "ct_surface" : "gray", 1);
       if (turn !== solid.turn) return;
       if (kind === "Labels") made.setColormapLabel(labelColours());
-      if (kind === "Image") [made.cal_min, made.cal_max] = state.sample.auto;
+      else [made.cal_min, made.cal_max] = { Bones: BONES, Skin: SKIN, Image: state.sample.auto }[kind];
       while (viewer.volumes.length) viewer.removeVolume(viewer.volumes[0]);
       viewer.addVolume(made);
       viewer.updateGLVolume();
@@ -465,11 +497,11 @@
       Object.assign(state, { sample, volume, only: 0, at: [...sample.start] });
       find("windows").hidden = !volume.image;
       all(".field:not(.wide)").forEach((field) => { field.hidden = !volume.image; });
-      find("overlay").hidden = !volume.label;
+      find("overlay").hidden = !volume.label || !volume.image;
       if (volume.image) startWindows();
       listLabels();
       update();
-      showSolid();
+      setTimeout(showSolid, 50); // the planes first
     }
     document.documentElement.dataset.ready = number;
   }
@@ -487,9 +519,10 @@
   function startKeys() {
     document.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches('input[type="number"], textarea')) return;
-      if (event.key === "[" || event.key === "]") show(state.number + (event.key === "]" ? 1 : -1));
-      else if (event.key.toLowerCase() === "o" && state.volume) { state.overlay = !state.overlay; Object.values(views).forEach(refresh); }
-      else if (/^[1-9]$/.test(event.key) && state.volume && state.volume.image) windowNamed((presets[Number(event.key) - 1] || [])[0]);
+      const key = event.key.toLowerCase();
+      if (key === "n" || key === "p") show(state.number + (key === "n" ? 1 : -1));
+      else if (key === "o" && state.volume) { state.overlay = !state.overlay; Object.values(views).forEach(refresh); }
+      else if (/^[1-9]$/.test(key) && state.volume && state.volume.image) windowNamed((presets[Number(key) - 1] || [])[0]);
     });
   }
 

@@ -1,8 +1,7 @@
-"""The report of a run: one HTML file with its samples, how they were made and how they were judged.
+"""The page: sections of a report as HTML.
 
-The page needs no network and no server: styles, script, pictures and volumes are inside. Volumes are embedded on at most
-128 voxels an axis, for a limited number of samples; the rest are shown as pictures. Whatever comes from a record is text:
-`tag` escapes it, and the page's Content-Security-Policy runs nothing but the scripts of `data/report/`.
+Whatever comes from a record is text: `tag` escapes it, and the Content-Security-Policy runs nothing but the scripts of
+`data/report/`. The viewer in `report.js` gets its facts as JSON and the volumes as base64, in script elements that do not run.
 """
 
 from __future__ import annotations
@@ -14,40 +13,22 @@ import io
 import json
 import math
 import statistics
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from ..anatomy import maisi
+from ..geometry import format_triple
+from ..preview import LUNG_HU, SOFT_TISSUE_HU
+from ..quality import Finding
+from ..settings import show
+from .html import Html, join, tag
+from .samples import AXIS_LIMIT, Case, Entry
 
-from . import record
-from .anatomy import maisi
-from .errors import UsageError
-from .events import OnEvent, Step, ignore
-from .files import refuse_overwriting, write_atomic
-from .geometry import Size, format_triple
-from .preview import LUNG_HU, SOFT_TISSUE_HU, centre, strip, windows_of
-from .quality import Finding
-from .settings import show
-from .volumes import SUFFIXES, Mask, Volume, read_image, read_mask, resample_labels
-
-SCHEMA = "maisi.report/1"
-FID_SCHEMA = "maisi.fid/1"
-VOLUMES = 12
-"""How many samples are embedded as volumes, unless another number is asked for."""
-AXIS_LIMIT = 128
-"""Voxels an axis that an embedded volume has at most."""
-CARD_PX, PICTURE_PX = 540, 720
-"""Widths of the picture of a sample with and without its volume."""
-COLOURS = 128
 WINDOWS = (
     ("Soft tissue", *SOFT_TISSUE_HU),
     ("Lung", *LUNG_HU),
@@ -56,351 +37,6 @@ WINDOWS = (
 )
 """Names and HU ranges of the window presets of CT."""
 STAGES = ("mask", "denoise", "decode", "save")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What the record of one sample says, as far as the page shows it; `made` is the whole record."""
-
-    path: Path
-    made: Mapping[str, Any]
-    id: str
-    index: int
-    seed: int
-    modality: str
-    model: str
-    notes: tuple[str, ...]
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    passed: bool | None
-    findings: tuple[Finding, ...]
-    seconds: Mapping[str, float]
-    peak_gib: float | None
-    finished: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A sample as the page holds it: its picture (PNG), its volumes as JSON and base64, and what is to be said about it.
-
-    `bytes` is what picture and volumes add to the page.
-    """
-
-    case: Case
-    picture: bytes | None
-    facts: Mapping[str, Any]
-    payloads: Mapping[str, str]
-    notes: tuple[str, ...]
-    bytes: int
-
-    @property
-    def shown_as(self) -> str:
-        """`volume`, `picture` or `nothing`."""
-        return "volume" if self.payloads else "picture" if self.picture else "nothing"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A report that was written: its file, its size and what it holds of each sample."""
-
-    path: Path
-    bytes: int
-    entries: tuple[Entry, ...]
-    fid: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as `maisi report --json` prints it (schema maisi.report/1)."""
-        return {
-            "schema": SCHEMA,
-            "report": str(self.path),
-            "bytes": self.bytes,
-            "samples": [
-                {"id": each.case.id, "passed": each.case.passed, "shown_as": each.shown_as, "bytes": each.bytes, "notes": list(each.notes)}
-                for each in self.entries
-            ],
-            "fid": list(self.fid),
-            "notes": list(self.notes),
-        }
-
-
-def report(
-    run: str | Path, out: str | Path | None = None, *, volumes: int = VOLUMES, force: bool = False, on_event: OnEvent = ignore
-) -> Report:
-    """Write the page of the run in folder `run` to `out` (default: `report.html` in that folder).
-
-    At most `volumes` samples are embedded as volumes: those that failed the quality check first, then the first ones. Equal
-    runs give equal bytes. Raises `UsageError` for a folder without records, a damaged record, or a page that exists without
-    `force`; an image or label map that is missing or damaged is noted in the page.
-    """
-    run = Path(run)
-    out = run / "report.html" if out is None else Path(out)
-    if volumes < 0:
-        raise UsageError(f"--volumes is a number of samples from 0, not {volumes}", hint=f"leave it out for {VOLUMES}")
-    cases = _cases(run)
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder, not a file", hint="name the page, such as --out report.html")
-    refuse_overwriting(out, force=force)
-    entries = _entries(cases, volumes, on_event)
-    distances, notes = _distances(run)
-    page = _page(run, entries, distances, notes).encode()
-    write_atomic(out, page)
-    return Report(path=out, bytes=len(page), entries=entries, fid=tuple(name for name, _ in distances), notes=notes)
-
-
-# --- reading the run ----------------------------------------------------------------------------------------
-
-
-def _cases(run: Path) -> list[Case]:
-    if not run.is_dir():
-        what = "is a file" if run.exists() else "does not exist"
-        raise UsageError(f"the folder {run} {what}", hint="give a folder that  maisi generate  wrote to")
-    paths = sorted(run.glob("*_record.json"))
-    if not paths:
-        raise UsageError(f"{run} holds no *_record.json", hint="give a folder that  maisi generate  wrote to")
-    return sorted((_case(path) for path in paths), key=lambda case: (case.index, case.id))
-
-
-def _case(path: Path) -> Case:
-    made = record.read(path)
-    try:
-        judged, timing = made["qc"], made["timing"]
-        return Case(
-            path=path,
-            made=made,
-            id=_text(made["id"]),
-            index=_whole(made["index"]),
-            seed=_whole(made["seed"]),
-            modality=_text(made["modality"]),
-            model=_text(made["model"]["name"]),
-            notes=tuple(map(_text, made["notes"])),
-            size=tuple(_whole(n) for n in made["geometry"]["size"]),
-            spacing=tuple(_number(mm) for mm in made["geometry"]["spacing"]),
-            passed=None if judged is None else bool(judged["passed"]),
-            findings=() if judged is None else tuple(_finding(each) for each in judged["findings"]),
-            seconds={_text(stage): _number(value) for stage, value in timing["seconds"].items()},
-            peak_gib=None if timing["peak_gib"] is None else _number(timing["peak_gib"]),
-            finished=_text(timing["finished"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{path} is a damaged record: {what}", hint="repeat the sample, or move its record away") from error
-
-
-def _finding(row: Mapping[str, Any]) -> Finding:
-    bound = {key: None if row.get(key) is None else _number(row[key]) for key in ("value", "low", "high")}
-    label = row.get("label")
-    return Finding(check=_text(row["check"]), label=None if label is None else str(label), passed=bool(row["passed"]),
-                   text=str(row.get("text", "")), informative=bool(row.get("informative", False)), **bound)  # fmt: skip
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not a whole number")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
-
-
-def _distances(run: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], tuple[str, ...]]:
-    """Return name and content of each result of `maisi fid` in the folder, and what is to be said about those that are none."""
-    found, notes = [], []
-    for path in sorted(run.glob("*fid*.json")):
-        if path.name.endswith("_record.json"):
-            continue
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
-            notes.append(f"{path.name} is not JSON and was left out")
-            continue
-        if isinstance(data, dict) and data.get("schema") == FID_SCHEMA:
-            found.append((path.name, data))
-        else:
-            notes.append(f"{path.name} is not a result of  maisi fid --json  ({FID_SCHEMA}) and was left out")
-    return found, tuple(notes)
-
-
-# --- pictures and volumes -----------------------------------------------------------------------------------
-
-
-def _entries(cases: Sequence[Case], volumes: int, on_event: OnEvent) -> tuple[Entry, ...]:
-    """Return the samples in the order of `cases`; those that failed are the first to be embedded as volumes."""
-    order = sorted(range(len(cases)), key=lambda k: (cases[k].passed is not False, k))
-    made: dict[int, Entry] = {}
-    left = volumes
-    for done, k in enumerate(order, 1):
-        made[k] = _entry(cases[k], embed=left > 0)
-        left -= bool(made[k].payloads)
-        on_event(Step(stage="read", done=done, total=len(order)))
-    return tuple(made[k] for k in range(len(cases)))
-
-
-def _entry(case: Case, *, embed: bool) -> Entry:
-    notes: list[str] = []
-    image = mask = None
-    for kind in ("image", "label"):
-        path = _output(case, kind, notes)
-        if path is None:
-            continue
-        try:
-            if kind == "image":
-                image = read_image(path, modality=case.modality)
-            else:
-                mask = read_mask(path)
-        except UsageError as error:
-            notes.append(error.message.replace(f"{path.parent}/", ""))
-    if image is not None and mask is not None and not image.geometry.close_to(mask.geometry, tolerance_mm=0.1):
-        notes.append("image and label map lie on different grids, so only the image is shown")
-        mask = None
-    if image is None and mask is None:
-        picture = _stored_picture(case)
-        return Entry(case=case, picture=picture, facts={}, payloads={}, notes=tuple(notes), bytes=_base64_size(picture))
-    picture = _png(strip(image, mask, width=CARD_PX if embed else PICTURE_PX))
-    facts, payloads = _volume(image, mask, case) if embed else ({}, {})
-    size = _base64_size(picture) + sum(map(len, payloads.values()))
-    return Entry(case=case, picture=picture, facts=facts, payloads=payloads, notes=tuple(notes), bytes=size)
-
-
-def _output(case: Case, kind: str, notes: list[str]) -> Path | None:
-    """Return the NIfTI file of a kind that the record names, None where there is none; what is wrong with it is noted."""
-    entry = case.made["outputs"].get(kind)
-    if entry is None or not str(entry["file"]).endswith(SUFFIXES):
-        return None
-    name = str(entry["file"])
-    path = case.path.parent / name
-    if Path(name).name != name or not path.is_file():
-        notes.append(f"{name} is missing")
-        return None
-    if record.sha256_of(path) != entry["sha256"]:
-        notes.append(f"{name} is not the file that was recorded: its SHA-256 differs")
-    return path
-
-
-def _stored_picture(case: Case) -> bytes | None:
-    """Return the preview that lies beside a sample whose volumes cannot be shown, smaller."""
-    from PIL import Image
-
-    name = str(case.made["outputs"].get("preview", {}).get("file", ""))
-    path = case.path.parent / name
-    if Path(name).name != name or not path.is_file():
-        return None
-    try:
-        with Image.open(path, formats=["PNG"]) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
-    picture.thumbnail((PICTURE_PX, PICTURE_PX))
-    return _png(picture)
-
-
-def _png(picture: Any) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _base64_size(content: bytes | None) -> int:
-    return 0 if content is None else (len(content) + 2) // 3 * 4
-
-
-def _volume(image: Volume | None, mask: Mask | None, case: Case) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the viewer needs to know of a sample, and its volumes as base64 by kind."""
-    item = image if image is not None else mask
-    assert item is not None
-    limited = [min(n, AXIS_LIMIT) for n in item.geometry.size]
-    size = (limited[0], limited[1], limited[2])
-    voxel_ml = math.prod(item.geometry.spacing) / 1000
-    counts = mask.counts() if mask is not None else np.zeros(256, dtype=np.int64)
-    if image is not None:
-        image = shrink(image, size)
-    if mask is not None:
-        mask = resample_labels(mask, size)
-    facts: dict[str, Any] = {
-        "id": case.id,
-        "ct": case.modality.startswith("ct"),
-        "size": list(size),
-        "spacing": [round(mm * old / new, 6) for mm, old, new in zip(item.geometry.spacing, item.geometry.size, size, strict=True)],
-        "full": list(item.geometry.size),
-        "start": list(centre(image, mask)),
-        "labels": [[int(value), round(float(counts[value]) * voxel_ml, 3)] for value in np.flatnonzero(counts) if value],
-    }
-    payloads = {}
-    if image is not None:
-        low, high = float(image.array.min()), float(image.array.max())
-        window = windows_of(image, None)[0]
-        facts["range"] = [low, max(high, low + 1)]
-        facts["auto"] = [round(window.low, 3), round(max(window.high, window.low + 1), 3)]
-        payloads["image"] = packed(image.array)
-    if mask is not None:
-        payloads["label"] = packed(mask.array)
-    return facts, payloads
-
-
-def shrink(volume: Volume, size: Size) -> Volume:
-    """Return a volume on `size` voxels over the same field of view as int16: each the mean of what it covers, rounded."""
-    array = volume.array.astype(np.float32, copy=False)
-    for axis, new in enumerate(size):
-        if new != array.shape[axis]:
-            array = np.moveaxis(np.tensordot(_cover(array.shape[axis], new), array, axes=(1, axis)), 0, axis)
-    limits = np.iinfo(np.int16)
-    return replace(volume, array=np.clip(np.rint(array), limits.min, limits.max).astype(np.int16), geometry=volume.geometry.resized(size))
-
-
-def _cover(old: int, new: int) -> NDArray[np.float32]:
-    """Return the share of each of `old` voxels in each of `new` ones over the same length: (new, old), rows sum to 1."""
-    edges = np.arange(new + 1) * old / new
-    first, last = np.arange(old), np.arange(1, old + 1)
-    overlap = np.minimum(edges[1:, None], last) - np.maximum(edges[:-1, None], first)
-    return (np.clip(overlap, 0, None) * new / old).astype(np.float32)
-
-
-def packed(array: NDArray[Any]) -> str:
-    """Return a volume as base64 of deflated bytes, x fastest; of int16 all low bytes come first, then all high ones."""
-    flat = np.ascontiguousarray(array.ravel(order="F"))
-    planes = flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).reshape(flat.size, -1).T
-    return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode("ascii")
-
-
-# --- HTML ---------------------------------------------------------------------------------------------------
-
-
-class Html(str):
-    """Text that is markup already; any other text is escaped."""
-
-    __slots__ = ()
-
-
-VOID = frozenset({"img"})
-
-
-def tag(name: str, *content: object, **attributes: object) -> Html:
-    """Return an element: content and attributes are escaped unless they are `Html`, and None is left out.
-
-    A trailing underscore of an attribute is dropped, others become hyphens; True is an attribute without a value.
-    """
-    named = "".join(
-        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
-        for key, value in attributes.items()
-        if value is not None and value is not False
-    )
-    return Html(f"<{name}{named}>" if name in VOID else f"<{name}{named}>{join(*content)}</{name}>")
-
-
-def join(*content: object) -> Html:
-    """Return contents one after another, escaped unless they are `Html`; None is left out."""
-    return Html("".join(each if isinstance(each, Html) else escape(str(each)) for each in content if each is not None))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Iterable[int] = (), caption: str) -> Html:
@@ -414,8 +50,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: It
     top = tag("tr", *(tag("th", name, scope="col", class_="number" if k in right else None) for k, name in enumerate(head)))
     body = (tag("tr", *cells(row)) for row in rows)
     title = tag("caption", caption, class_="unseen")
-    return tag("div", tag("table", title, tag("thead", top), tag("tbody", *body)), class_="scroll", tabindex="0", role="region",
-               aria_label=caption)  # fmt: skip
+    table = tag("table", title, tag("thead", top), tag("tbody", *body), class_="many" if len(head) > 4 else None)
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
 def _facts(rows: Iterable[tuple[str, object]]) -> Html:
@@ -431,14 +67,15 @@ def _script_hash(text: bytes) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode('ascii')}'"
 
 
-def _page(run: Path, entries: Sequence[Entry], distances: Sequence[tuple[str, Mapping[str, Any]]], notes: Sequence[str]) -> str:
+def compose(name: str, entries: Sequence[Entry], distances: Sequence[tuple[str, Mapping[str, Any]]], notes: Sequence[str]) -> str:
+    """Return the page of the run called `name`, with the results of `maisi fid` and notes on what could not be read."""
     embedded = any(each.payloads for each in entries)
     script, niivue = _data("report.js"), _data("niivue.umd.js.gz") if embedded else b""
     hashes = [_script_hash(script), *([_script_hash(gzip.decompress(niivue))] if embedded else [])]
-    policy = (
-        f"default-src 'none'; script-src {' '.join(hashes)}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    name = run.resolve().name
+    policy = [
+        "default-src 'none'", f"script-src {' '.join(hashes)}", "style-src 'unsafe-inline'", "img-src data: blob:",
+        "base-uri 'none'", "form-action 'none'",
+    ]  # fmt: skip
     sections = [
         ("viewer", "Samples", None),
         ("quality", "Quality", _quality(entries)),
@@ -448,7 +85,7 @@ def _page(run: Path, entries: Sequence[Entry], distances: Sequence[tuple[str, Ma
         ("origin", "Origin and licence", _origin(entries, embedded)),
     ]
     return Template(_data("template.html").decode()).substitute(
-        policy=escape(policy),
+        policy=escape("; ".join(policy)),
         title=escape(f"{name} - maisi report"),
         style=Html(_data("report.css").decode()),
         name=escape(name),
@@ -461,7 +98,11 @@ def _page(run: Path, entries: Sequence[Entry], distances: Sequence[tuple[str, Ma
         sections=join(*(_section(key, title, content) for key, title, content in sections if content is not None)),
         data=_json(_viewer_data(entries)),
         payloads=join(
-            *(tag("script", Html(text), type="text/plain", id=f"{kind}-{k}") for k, each in enumerate(entries) for kind, text in each.payloads.items()),
+            *(
+                tag("script", Html(text), type="text/plain", id=f"{kind}-{k}")
+                for k, each in enumerate(entries)
+                for kind, text in each.payloads.items()
+            ),
             tag("script", Html(base64.b64encode(niivue).decode("ascii")), type="text/plain", id="niivue") if embedded else None,
         ),
         script=script.decode(),
@@ -581,7 +222,7 @@ def _embedding(entries: Sequence[Entry]) -> Html:
     text = f"{whole} of {len(entries)} samples are here as volumes that can be scrolled"
     text += f", averaged down to at most {AXIS_LIMIT} voxels an axis. " if smaller else ", voxel for voxel. "
     if whole < len(entries):
-        text += "The others are pictures: make the report with a larger --volumes to have more, at about 3 MB each. "
+        text += "The others are pictures: make the report with a larger --volumes to have more, at up to 3 MB each. "
     return tag("p", text + "Figures and files are those of the full volumes.", class_="faint")
 
 
@@ -595,14 +236,18 @@ def _within(finding: Finding) -> bool | None:
 
 
 def _quality(entries: Sequence[Entry]) -> Html:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for number, each in enumerate(entries):
         case = each.case
         failures = [finding.text for finding in case.findings if not finding.passed]
         shown = {"volume": "volume", "picture": "picture only", "nothing": "nothing to show"}[each.shown_as]
         rows.append((tag("a", case.id, href="#viewer", data_go=number), case.seed, case.index, _attempt(case), _verdict(case.passed),
                      "; ".join(failures) if failures else "", f"{shown}, {_size(each.bytes)}", "; ".join(each.notes)))  # fmt: skip
-    head = ("Sample", "Seed", "Index", "Tries", "Check", "What failed", "In this page", "Notes")
+    head = ["Sample", "Seed", "Index", "Tries", "Check", "What failed", "In this page", "Notes"]
+    for k in (7, 5):  # columns in which no sample has anything
+        if not any(row[k] for row in rows):
+            rows = [row[:k] + row[k + 1 :] for row in rows]
+            del head[k]
     details = (_findings(number, each.case) for number, each in enumerate(entries))
     return join(_table(head, rows, numbers=(1, 2, 3), caption="Samples and their quality check"), *details)
 
@@ -618,8 +263,9 @@ def _findings(number: int, case: Case) -> Html:
     for finding in order:
         inside = _within(finding)
         word, kind = ("fail", "bad") if not finding.passed else ("note", "faint") if inside is False else ("pass", "good")
-        rows.append((join(finding.check, tag("small", finding.label) if finding.label else None), tag("span", word, class_=f"verdict {kind}"),
-                     "" if finding.value is None else _figure(finding.value), _bounds(finding), _gauge(finding), finding.text))  # fmt: skip
+        name = join(finding.check, tag("small", finding.label) if finding.label else None)
+        value = "" if finding.value is None else _figure(finding.value)
+        rows.append((name, tag("span", word, class_=f"verdict {kind}"), value, _bounds(finding), _gauge(finding), finding.text))
     head = ("Check", "Result", "Value", "Expected", "Range", "In words")
     body = _table(head, rows, numbers=(2,), caption=f"Findings on {case.id}") if rows else tag("p", "This sample was not checked.")
     return tag("article", tag("h3", f"Findings on {case.id}"), body, data_of=number)
@@ -645,9 +291,12 @@ def _gauge(finding: Finding) -> Html | None:
         return otherwise if place is None else round((place - left) / (right - left) * 120, 1)
 
     start, stop, mark = at(finding.low, 0), at(finding.high, 120), at(value, 0)
-    return tag("svg", tag("rect", x=0, y=6, width=120, height=2, class_="track"), tag("rect", x=start, y=4, width=round(stop - start, 1),
-               height=6, class_="band"), tag("rect", x=round(mark - 1, 1), y=0, width=2, height=14, class_="mark" if _within(finding) else "mark bad"),
-               viewBox="0 0 120 14", width=120, height=14, class_="gauge", aria_hidden="true")  # fmt: skip
+    parts = (
+        tag("rect", x=0, y=6, width=120, height=2, class_="track"),
+        tag("rect", x=start, y=4, width=round(stop - start, 1), height=6, class_="band"),
+        tag("rect", x=round(mark - 1, 1), y=0, width=2, height=14, class_="mark" if _within(finding) else "mark bad"),
+    )
+    return tag("svg", *parts, viewBox="0 0 120 14", width=120, height=14, class_="gauge", aria_hidden="true")
 
 
 def _timing(entries: Sequence[Entry]) -> Html:
@@ -770,17 +419,24 @@ def _settings(entries: Sequence[Entry]) -> Html:
     for each in entries:
         for key, entry in each.case.made["settings"].items():
             found.setdefault(key, []).append((_value(entry["value"]), str(entry["origin"])))
-    chosen, left = [], []
+    chosen: list[tuple[str, str, str]] = []
+    left: list[tuple[str, str, str]] = []
     for key in sorted(found):
         values, origins = (list(dict.fromkeys(column)) for column in zip(*found[key], strict=True))
         counted = Counter(value for value, _ in found[key])
-        text = values[0] if len(values) == 1 else f"differs: {_words(f'{value} ({counted[value]})' for value in values)}"
+        text = values[0] if len(values) == 1 else _words((f"{value} ({_samples(counted[value])})" for value in values), at_most=4)
         (left if origins == ["default"] else chosen).append((key, text, _words(origins)))
     head = ("Setting", "Value", "Origin")
     return join(
         _table(head, chosen, caption="Settings that were chosen"),
-        tag("details", tag("summary", f"{len(left)} settings at their defaults"), _table(head, left, caption="Settings at their defaults")) if left else None,
+        tag("details", tag("summary", f"{len(left)} settings at their defaults"), _table(head, left, caption="Settings at their defaults"))
+        if left
+        else None,
     )
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'s' if count != 1 else ''}"
 
 
 def _origin(entries: Sequence[Entry], embedded: bool) -> Html:
@@ -788,18 +444,24 @@ def _origin(entries: Sequence[Entry], embedded: bool) -> Html:
     models: dict[str, Mapping[str, Any]] = {}
     for case in cases:
         models.setdefault(json.dumps(case.made["model"], sort_keys=True), case.made["model"])
-    parts: list[Html] = [tag("p", "Everything shown here is synthetic: made by a generative model, not acquired from a patient. It is not for "
-                             "diagnosis, and says so in the header of each file.")]  # fmt: skip
+    notice = "Everything shown here is synthetic: made by a generative model, not acquired from a patient. "
+    notice += "It is not for diagnosis, and says so in the header of each file."
+    parts = [tag("p", notice)]
     for model in models.values():
         use = {True: "commercial use allowed", False: "no commercial use"}.get(model.get("commercial"))  # type: ignore[arg-type]
-        rows = [("model", model.get("name")), ("licence of its weights", ", ".join(str(each) for each in (model.get("licence"), use) if each))]
+        rows = [
+            ("model", model.get("name")),
+            ("licence of its weights", ", ".join(str(each) for each in (model.get("licence"), use) if each)),
+        ]
         weights = model.get("weights")
         for weight in weights if isinstance(weights, list) else []:
             if isinstance(weight, dict):
-                rows.append((f"weights, {weight.get('part')}", join(str(weight.get("file")), tag("code", weight.get("sha256") or "not hashed"))))
+                rows.append(
+                    (f"weights, {weight.get('part')}", join(str(weight.get("file")), tag("code", weight.get("sha256") or "not hashed")))
+                )
         parts.append(_facts(rows))
-    tools = _words(f"{_get(case, 'tool', 'name')} {_get(case, 'tool', 'version')}" for case in cases)
-    systems = _words(f"Python {_get(case, 'environment', 'python')} on {_get(case, 'environment', 'platform')}" for case in cases)
+    tools = _words(f"{case.get('tool', 'name')} {case.get('tool', 'version')}" for case in cases)
+    systems = _words(f"Python {case.get('environment', 'python')} on {case.get('environment', 'platform')}" for case in cases)
     packages = _words(", ".join(f"{name} {version}" for name, version in _packages(case)) for case in cases)
     parts.append(_facts([("made with", tools), ("on", systems), ("packages", packages)]))
     parts += (_files(number, case) for number, case in enumerate(cases))
@@ -809,15 +471,8 @@ def _origin(entries: Sequence[Entry], embedded: bool) -> Html:
     return join(*parts)
 
 
-def _get(case: Case, *keys: str) -> Any:
-    value: Any = case.made
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def _packages(case: Case) -> list[tuple[str, str]]:
-    found = _get(case, "environment", "packages")
+    found = case.get("environment", "packages")
     return sorted((str(key), str(value)) for key, value in found.items()) if isinstance(found, dict) else []
 
 
