@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from maisi_cli import cli, record
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
@@ -28,6 +29,7 @@ from maisi_cli.preview import preview
 from maisi_cli.quality import Finding, Verdict
 from maisi_cli.report import report
 from maisi_cli.report.html import Html, tag
+from maisi_cli.report.page import WINDOWS
 from maisi_cli.report.samples import AXIS_LIMIT, packed, shrink
 from maisi_cli.volumes import Mask, Volume, write_image, write_mask
 
@@ -536,7 +538,8 @@ def test_results_of_fid_in_the_run_are_shown(run: Path) -> None:
         "schema": "maisi.fid/1",
         "fid": {"xy": 1.5, "yz": 2.25, "zx": 3.0, "average": 2.25},
         "ci95": {"xy": [1.25, 1.75], "average": [2.0, 2.5]},
-        "baseline": {"xy": 0.5, "average": 0.625},
+        "baseline": {"xy": 0.5, "average": 0.625, "volumes": 10, "at_these_sizes": {"xy": 0.875, "average": 1.125}},
+        "kid": {"xy": {"value": 0.0125, "error": 0.002}, "slices": 320},
         "n_volumes": {"real": 20, "synthetic": 4},
         "features": {"name": "nano-features"},
         "warnings": ["4 volumes are few"],
@@ -604,6 +607,19 @@ def test_the_examples_of_the_help_run(
         done = maisi(capsys, *line.split())
         assert done.code == 0, (line, done.err)
         assert done.paths[0].is_file()
+
+
+def test_the_page_of_the_docs_says_what_is_so() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "report.md").read_text("utf-8")
+    for name, low, high in WINDOWS:
+        assert f"{name.lower()} {(low + high) / 2:g}, {high - low:g}" in text
+    assert f"more than {AXIS_LIMIT} voxels" in text
+    command = typer.main.get_command(cli.build()).commands["report"]
+    options = {flag for each in command.params for flag in each.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= options
+    assert {line.strip() for line in command.epilog.splitlines() if "maisi report" in line} == {
+        line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("maisi report")
+    }
 
 
 def test_a_report_needs_no_torch(run: Path) -> None:

@@ -135,7 +135,7 @@ def _summary(entries: Sequence[Entry]) -> Html:
     values = (
         _words(case.model for case in cases),
         _words(case.modality for case in cases),
-        _words(f"{format_triple(case.size)} voxels of {_mm(case.spacing)} mm" for case in cases),
+        _words((f"{format_triple(case.size)} voxels of {_mm(case.spacing)} mm" for case in cases), at_most=2),
         f"finished {_when(max(case.finished for case in cases))}",
     )
     return join(*(tag("span", value) for value in values))
@@ -341,33 +341,54 @@ def _bar(parts: Iterable[tuple[str, float]]) -> Html:
 
 
 def _fid(name: str, data: Mapping[str, Any]) -> Html:
-    planes = data.get("fid")
-    planes = {str(key): value for key, value in planes.items() if _is_number(value)} if isinstance(planes, dict) else {}
-    intervals, baseline = _by_plane(data.get("ci95")), _by_plane(data.get("baseline"))
-    bounds = {key: pair for key in planes if (pair := _pair(intervals.get(key))) is not None}
-    least = {key: value for key in planes if _is_number(value := baseline.get(key))}
-    top = max([*planes.values(), *(high for _, high in bounds.values()), *least.values(), 1e-9]) * 1.05
-    rows = []
-    for key, value in planes.items():
-        ends = bounds.get(key)
-        rows.append((key.upper() if len(key) == 2 else key, _figure(value), f"{_figure(ends[0])} to {_figure(ends[1])}" if ends else "",
-                     _figure(least[key]) if key in least else "", _interval(value, ends, least.get(key), top)))  # fmt: skip
-    head = ("Plane", "FID", "95 % interval", "real against real", "")
-    shown = {"schema", "fid", "warnings", *(["ci95"] if bounds else []), *(["baseline"] if least else [])}
-    rest = [pair for key, value in data.items() if key not in shown for pair in _flat(key, value)]
-    warnings = data.get("warnings")
-    warned = [str(each) for each in warnings] if isinstance(warnings, list) else []
-    return tag("article", tag("h3", name), *(tag("p", text, class_="warning") for text in warned),
-               _table(head, rows, numbers=(1, 2, 3), caption=f"Distances of {name}") if rows else tag("p", "It holds no FID."),
-               _facts(rest) if rest else None)  # fmt: skip
+    """Draw one result of `maisi fid`: a table by plane of what it holds by plane, and the rest, folded, as names and values."""
+    fid = {key: value for key, value in _table_of(data, "fid").items() if _is_number(value)}
+    intervals, halves, kid = (_table_of(data, key) for key in ("ci95", "baseline", "kid"))
+    scaled = halves.get("at_these_sizes")
+    sized: Mapping[str, Any] = scaled if isinstance(scaled, dict) else {}
+    ends = {key: pair for key in fid if (pair := _pair(intervals.get(key))) is not None}
+    marks = {key: value for key in fid if _is_number(value := (sized or halves).get(key))}
+    top = 1.05 * max([*fid.values(), *(high for _, high in ends.values()), *marks.values(), 1e-9])
+    columns: list[tuple[str, list[object]]] = [
+        ("FID", [_figure(value) for value in fid.values()]),
+        ("95 % interval", [f"{_figure(ends[key][0])} to {_figure(ends[key][1])}" if key in ends else "" for key in fid]),
+        ("KID", [_kid(kid.get(key)) for key in fid]),
+        ("halves of real", [_figure(halves[key]) if _is_number(halves.get(key)) else "" for key in fid]),
+        ("real against real at these sizes", [_figure(sized[key]) if _is_number(sized.get(key)) else "" for key in fid]),
+        ("FID, its interval, and real against real", [_interval(value, ends.get(key), marks.get(key), top) for key, value in fid.items()]),
+    ]
+    columns = [(head, cells) for head, cells in columns if any(cells)]
+    head = ("Plane", *(head for head, _ in columns))
+    rows = list(zip((key.upper() if len(key) == 2 else key for key in fid), *(cells for _, cells in columns), strict=True))
+    table = _table(head, rows, numbers=range(1, len(head) - 1), caption=f"Distances of {name}") if rows else tag("p", "It holds no FID.")
+    left = {"schema", "warnings", "notes"} | set(fid and ["fid"])
+    by_plane = {"ci95": set(ends), "kid": set(fid), "baseline": {*fid, "at_these_sizes"}}
+    rest: list[tuple[str, str]] = []
+    for key, value in data.items():
+        if key not in left:
+            inner = (
+                {k: each for k, each in value.items() if k not in by_plane[key]} if key in by_plane and isinstance(value, dict) else value
+            )
+            rest += _flat(key, inner)
+    said = [tag("p", text, class_=kind) for key, kind in (("warnings", "warning"), ("notes", "faint")) for text in _texts(data.get(key))]
+    more = tag("details", tag("summary", "Volumes, slices, features and the rest"), _facts(rest)) if rest else None
+    return tag("article", tag("h3", name), *said, table, more)
 
 
-def _by_plane(value: Any) -> Mapping[str, Any]:
-    """Return a table by plane, which may lie one key deeper, under `fid`."""
-    if not isinstance(value, dict):
-        return {}
-    inner = value.get("fid")
-    return inner if isinstance(inner, dict) else value
+def _table_of(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else []
+
+
+def _kid(value: Any) -> str:
+    if isinstance(value, dict) and _is_number(value.get("value")):
+        error = value.get("error")
+        return _figure(value["value"]) + (f" ± {_figure(error)}" if _is_number(error) else "")
+    return _figure(value) if _is_number(value) else ""
 
 
 def _pair(value: Any) -> tuple[float, float] | None:

@@ -29,6 +29,8 @@ AXIS_LIMIT = 128
 """Voxels an axis that an embedded volume has at most."""
 CARD_PX, PICTURE_PX = 540, 720
 """Widths of the picture of a sample with and without its volume."""
+LARGE_RUN = 100
+"""Samples above which every picture has the smaller width."""
 COLOURS = 128
 
 
@@ -173,13 +175,13 @@ def make_entries(cases: Sequence[Case], volumes: int, on_event: OnEvent) -> tupl
     made: dict[int, Entry] = {}
     left = volumes
     for done, k in enumerate(order, 1):
-        made[k] = _entry(cases[k], embed=left > 0)
+        made[k] = _entry(cases[k], embed=left > 0, width=CARD_PX if left > 0 or len(cases) > LARGE_RUN else PICTURE_PX)
         left -= bool(made[k].payloads)
         on_event(Step(stage="read", done=done, total=len(order)))
     return tuple(made[k] for k in range(len(cases)))
 
 
-def _entry(case: Case, *, embed: bool) -> Entry:
+def _entry(case: Case, *, embed: bool, width: int) -> Entry:
     notes: list[str] = []
     image = mask = None
     for kind in ("image", "label"):
@@ -197,9 +199,9 @@ def _entry(case: Case, *, embed: bool) -> Entry:
         notes.append("image and label map lie on different grids, so only the image is shown")
         mask = None
     if image is None and mask is None:
-        picture = _stored_picture(case)
+        picture = _stored_picture(case, width)
         return Entry(case=case, picture=picture, facts={}, payloads={}, notes=tuple(notes), bytes=_base64_size(picture))
-    picture = _png(strip(image, mask, width=CARD_PX if embed else PICTURE_PX))
+    picture = _png(strip(image, mask, width=width))
     facts, payloads = _volume(image, mask, case) if embed else ({}, {})
     size = _base64_size(picture) + sum(map(len, payloads.values()))
     return Entry(case=case, picture=picture, facts=facts, payloads=payloads, notes=tuple(notes), bytes=size)
@@ -233,7 +235,7 @@ def _output(case: Case, kind: str, notes: list[str]) -> Path | None:
     return path
 
 
-def _stored_picture(case: Case) -> bytes | None:
+def _stored_picture(case: Case, width: int) -> bytes | None:
     """Return the preview that lies beside a sample whose volumes cannot be shown, smaller."""
     from PIL import Image
 
@@ -246,7 +248,7 @@ def _stored_picture(case: Case) -> bytes | None:
             picture = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
-    picture.thumbnail((PICTURE_PX, PICTURE_PX))
+    picture.thumbnail((width, width))
     return _png(picture)
 
 
