@@ -181,6 +181,12 @@ def page(run: Path, **options: Any) -> Page:
     return Page(report(run, force=True, **options).path.read_text("utf-8"))
 
 
+@pytest.fixture(scope="module")
+def seen(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Return the page of the prepared run, made once."""
+    return page(prepared, out=tmp_path_factory.mktemp("seen") / "page.html")
+
+
 def maisi(capsys: pytest.CaptureFixture[str], *words: str) -> Done:
     code = cli.run(list(words))
     text = capsys.readouterr()
@@ -190,8 +196,8 @@ def maisi(capsys: pytest.CaptureFixture[str], *words: str) -> Done:
 # --- what the page holds ------------------------------------------------------------------------------------
 
 
-def test_the_page_tells_of_samples_settings_checks_times_and_licence(run: Path) -> None:
-    made = page(run)
+def test_the_page_tells_of_samples_settings_checks_times_and_licence(seen: Page) -> None:
+    made = seen
     for wanted in ("my run", "one", "failed", "mask-only", "brain",
                    "preset chest-abdomen", "command line", "32x32x32",
                    "300 HU in the liver, above 162", "-21.6 to 162", "not checked", "2 of 3 passed",
@@ -201,8 +207,8 @@ def test_the_page_tells_of_samples_settings_checks_times_and_licence(run: Path) 
     assert made.text.index("300 HU in the liver, above 162") < made.text.index("follows-mask")  # what failed comes first
 
 
-def test_settings_left_at_their_defaults_are_folded(run: Path) -> None:
-    made = page(run).source
+def test_settings_left_at_their_defaults_are_folded(seen: Page) -> None:
+    made = seen.source
     chosen, _, left = made.partition("1 settings at their defaults")
     assert ">tumor<" in left
     assert ">tumor<" not in chosen
@@ -217,8 +223,8 @@ def test_a_setting_that_differs_says_how(run: Path) -> None:
     assert "8 (1 sample), 30 (3 samples)" in page(run).text
 
 
-def test_the_page_opens_no_connection(run: Path) -> None:
-    made = page(run)
+def test_the_page_opens_no_connection(seen: Page) -> None:
+    made = seen
     assert "http://" not in made.source
     assert "https://" not in made.source
     for name, attributes in made.tags:
@@ -229,8 +235,8 @@ def test_the_page_opens_no_connection(run: Path) -> None:
     assert "url(" not in made.source.partition("</style>")[0]
 
 
-def test_only_the_two_scripts_of_the_package_may_run(run: Path) -> None:
-    made = page(run)
+def test_only_the_two_scripts_of_the_package_may_run(seen: Page) -> None:
+    made = seen
     (policy,) = [attributes["content"] for _, attributes in made.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     niivue = gzip.decompress((DATA / "niivue.umd.js.gz").read_bytes())
@@ -241,8 +247,8 @@ def test_only_the_two_scripts_of_the_package_may_run(run: Path) -> None:
     assert rules["img-src"] == "data: blob:"
 
 
-def test_links_within_the_page_lead_somewhere(run: Path) -> None:
-    made = page(run)
+def test_links_within_the_page_lead_somewhere(seen: Page) -> None:
+    made = seen
     ids = [attributes["id"] for _, attributes in made.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {attributes["href"][1:] for _, attributes in made.tags if "href" in attributes} <= set(ids)
@@ -327,9 +333,9 @@ def test_files_outside_of_the_run_are_not_read(tmp_path: Path, name: str) -> Non
 # --- volumes ------------------------------------------------------------------------------------------------
 
 
-def test_a_small_volume_comes_back_voxel_for_voxel(run: Path) -> None:
+def test_a_small_volume_comes_back_voxel_for_voxel(seen: Page) -> None:
     image, mask = torso(1)
-    made = page(run)
+    made = seen
     assert np.array_equal(made.volume("image-0"), np.rint(image.array).astype(np.int16))
     assert np.array_equal(made.volume("label-0"), mask.array)
     assert made.viewer["samples"][0]["spacing"] == [12.0, 9.375, 12.5]
