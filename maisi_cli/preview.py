@@ -32,6 +32,7 @@ ROW_LIMIT_PX = 620
 ROWS_LIMIT_PX = 1420
 MARGIN_PX = 18
 GAP_PX = 10
+STRIP_GAP_PX = 4
 FILL_OPACITY = 0.38
 LINE_OPACITY = 0.95
 LUNG_SHARE = 0.02
@@ -134,6 +135,27 @@ def draw(image: Volume | None, mask: Mask | None, *, title: str = "") -> Image.I
             _scale_bar(pen, left, top + (row_height + sizes[0][1]) // 2, sizes[0][0], scale, small)
     if legend:
         _draw_legend(pen, legend, (MARGIN_PX, height - MARGIN_PX - foot + 18), normal)
+    return picture
+
+
+def strip(image: Volume | None, mask: Mask | None, *, width: int) -> Image.Image:
+    """Return the three planes side by side, to scale and without words, at most `width` pixels wide and half as high."""
+    item = image if image is not None else mask
+    if item is None:
+        raise ValueError("a strip needs an image or a mask")
+    where, fov, windows = centre(image, mask), item.geometry.fov_mm, windows_of(image, mask)
+    space = width - (len(PLANES) - 1) * STRIP_GAP_PX
+    scale = min(space / sum(fov[p.columns] for p in PLANES), width / 2 / max(fov[p.rows] for p in PLANES))
+    sizes = [(max(4, int(fov[p.columns] * scale)), max(4, int(fov[p.rows] * scale))) for p in PLANES]
+    height = max(high for _, high in sizes)
+    picture = Image.new("RGB", (sum(wide for wide, _ in sizes) + (len(PLANES) - 1) * STRIP_GAP_PX, height), PANEL)
+    x = 0
+    for plane, size in zip(PLANES, sizes, strict=True):
+        panel = _image_panel(image, plane, where, size, windows[0] if windows else None)
+        if mask is not None:
+            panel = _overlay(panel, mask, plane, where, size, opaque=image is None)
+        picture.paste(panel, (x, (height - size[1]) // 2))
+        x += size[0] + STRIP_GAP_PX
     return picture
 
 

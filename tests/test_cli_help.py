@@ -24,8 +24,8 @@ from maisi_cli.testing import TINY, tiny_model
 from maisi_cli.train.data import encode, make_phantoms
 from maisi_cli.volumes import write_image, write_mask
 
-RUN_ELSEWHERE = ("presets", "labels", "models", "plugins", "info", "doctor", "recommend-spacing", "gpu-plan")
-"""Commands whose examples are run by test_cli_browse.py, test_cli_models.py and test_cli_hardware.py."""
+RUN_ELSEWHERE = ("presets", "labels", "models", "plugins", "info", "doctor", "recommend-spacing", "gpu-plan", "report")
+"""Commands whose examples are run by test_cli_browse.py, test_cli_models.py, test_cli_hardware.py and test_report.py."""
 
 
 def commands() -> dict[str, Any]:
