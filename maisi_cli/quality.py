@@ -81,11 +81,12 @@ class Context:
     compat: bool = False
 
 
-Check = Callable[[Volume, Mask | None, Context], list[Finding]]
+Check = Callable[..., list[Finding]]
+"""`check(image, mask, context)`; one with the attribute `needs_image` = False is run on a lone label map too, without an image."""
 
 
 def check(
-    image: Volume,
+    image: Volume | None,
     mask: Mask | None,
     *,
     checks: Sequence[str | Check] | None = None,
@@ -94,18 +95,21 @@ def check(
 ) -> Verdict:
     """Run `checks`, names or functions (default: every registered one), on an image and its mask.
 
-    `required` names the organs that must be present. HU checks say nothing about an MR image. Raises
-    `UsageError` for an unknown check or organ, and when image and mask lie on different grids.
+    `required` names the organs that must be present. HU checks say nothing about an MR image. Of a mask without an
+    image only those are run that need none: a verdict without findings says nothing. Raises `UsageError` for an unknown
+    check or organ, and when image and mask lie on different grids.
     """
     from .anatomy import maisi
     from .plugins import plugins
 
-    if mask is not None:
+    if image is not None and mask is not None:
         require_same_grid(image, mask)
     context = Context(required=tuple(maisi().id(name) for name in required), compat=compat)
     registry = plugins().registry("checks")
     chosen = registry.names() if checks is None else checks
     functions = [registry.get(one) if isinstance(one, str) else one for one in chosen]
+    if image is None:
+        functions = [one for one in functions if not getattr(one, "needs_image", True)]
     return Verdict(findings=tuple(finding for run in functions for finding in run(image, mask, context)))
 
 
@@ -186,14 +190,15 @@ def _values_of(group: NDArray[np.uint8], image: Volume, mask: Mask) -> dict[int,
     return {n: values[ends[n] - counts[n] : ends[n]] for n in range(1, len(counts)) if counts[n]}
 
 
-def organs_present(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
+def organs_present(image: Volume | None, mask: Mask | None, context: Context) -> list[Finding]:
     """Say for each required organ how much of it there is, in ml; none fails."""
     from .anatomy import maisi
 
-    if not context.required:
+    shown = mask or image
+    if not context.required or shown is None:
         return []
     counts = mask.counts() if mask is not None else np.zeros(256, dtype=np.int64)
-    voxel_ml = float(np.prod(image.geometry.spacing)) / 1000
+    voxel_ml = float(np.prod(shown.geometry.spacing)) / 1000
     findings = []
     for label in context.required:
         name, ml = maisi().name_of(label), float(counts[label]) * voxel_ml
@@ -213,14 +218,19 @@ def organs_present(image: Volume, mask: Mask | None, context: Context) -> list[F
     return findings
 
 
-def labels_known(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
-    """Count the ids of the mask that its vocabulary does not know; one is too many."""
+organs_present.needs_image = False  # type: ignore[attr-defined]
+
+
+def labels_known(image: Volume | None, mask: Mask | None, context: Context) -> list[Finding]:
+    """Count the ids of the mask that its vocabulary does not know; one is too many, and no label at all too few."""
     from .anatomy import maisi
 
     if mask is None or mask.vocabulary != "maisi":
         return []
-    unknown = [label for label in mask.ids() if label not in maisi()]
+    ids = mask.ids()
+    unknown = [label for label in ids if label not in maisi()]
     text = f"unknown label ids: {', '.join(map(str, unknown))}" if unknown else "every label id is known"
+    text = text if ids else "the label map holds no label"
     return [
         Finding(
             check="labels-known",
@@ -228,10 +238,13 @@ def labels_known(image: Volume, mask: Mask | None, context: Context) -> list[Fin
             value=float(len(unknown)),
             low=None,
             high=0.0,
-            passed=not unknown,
+            passed=bool(ids) and not unknown,
             text=text,
         )
     ]
+
+
+labels_known.needs_image = False  # type: ignore[attr-defined]
 
 
 def intensity(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:

@@ -128,13 +128,17 @@ def read_image(path: str | Path, *, modality: str = "ct") -> Volume:
 def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent = ignore) -> Mask:
     """Read a 3D NIfTI label map as uint8; whole numbers stored as floats are accepted and noted.
 
-    Raises `UsageError`, with the fix, for what `read_image` refuses, for fractions and for ids outside
-    0..255, which would be taken for other labels (the networks know a label by its eight bits).
+    Noted too is a header whose qform and sform put the map at different places: the sform is used. Raises
+    `UsageError`, with the fix, for what `read_image` refuses, for fractions and for ids outside 0..255, which
+    would be taken for other labels (the networks know a label by its eight bits).
     """
     path = Path(path)
     image, geometry = _open(path)
     if image.get_data_dtype().kind not in "iufb":
         raise UsageError(f"{path} holds {image.get_data_dtype()} values, not labels", hint="save labels as uint8")
+    if _disagree(image):
+        text = f"the qform and sform of {path.name} disagree: the sform is used here, and other programs may use the qform"
+        on_event(Note(text=text, level="warning"))
     with _reading(path):
         array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "f":
@@ -167,6 +171,11 @@ def read_mask(path: str | Path, *, vocabulary: str = "maisi", on_event: OnEvent 
 def read_geometry(path: str | Path) -> Geometry:
     """Read the grid of a NIfTI file from its header alone. Raises `UsageError` as `read_image` does."""
     return _open(Path(path))[1]
+
+
+def is_label_map(path: str | Path) -> bool:
+    """Say whether the header of a NIfTI file says that it holds labels. Raises `UsageError` as `read_image` does."""
+    return bool(_open(Path(path))[0].header.get_intent()[0] == "label")
 
 
 def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
@@ -238,6 +247,20 @@ def _geometry(affine: NDArray[np.float64] | None, shape: Size, path: Path) -> Ge
         affine_rows=_rows(ras),
         axcodes="".join(nibabel.orientations.ornt2axcodes(stored)),
     )
+
+
+def _disagree(image: nibabel.Nifti1Image) -> bool:
+    """Say whether a header has both a qform and an sform, and they lie more than half a voxel apart at some corner."""
+    sform, code = image.get_sform(coded=True)
+    try:
+        qform, other = image.get_qform(coded=True)
+    except ValueError:  # of impossible quaternions
+        return bool(code)
+    if not code or not other:
+        return False
+    corners = np.array([(x, y, z, 1) for x in (0, image.shape[0]) for y in (0, image.shape[1]) for z in (0, image.shape[2])])
+    apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()
+    return not apart <= np.linalg.norm(sform[:3, :3], axis=0).min() / 2
 
 
 def _tidy(mm: float) -> float:

@@ -66,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "region.toml").write_text('schema = "maisi.preset/1"\nkind = "region"\nextends = "chest"\n[volume]\nsiz = [1, 2, 3]\n')
     (folder / "record.json").write_text('{"schema": "maisi.record/1", "settings": {"steps": 3}, "model": {}, "seed": 1, "outputs": {}}')
     (folder / "list.json").write_text('{"training": [{"image": "absent.nii.gz", "spacing": [1, 1, 1]}]}')
+    (folder / "bare").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "s_record.json").write_text("{}")
     (folder / "full" / "alone_label.nii.gz").write_bytes((folder / "body.nii.gz").read_bytes())
@@ -239,7 +240,7 @@ VALUES = [
     ("generate --set volum.size=1x1x1", "no table 'volum'", "volume"),
     ("generate --set volume.size=[1,2]", "size [1, 2]", "512x512x128"),
     ("qc missing", "no file or folder missing", "path"),
-    ("qc full", "full holds no *_image.nii.gz", "name the files"),
+    ("qc bare", "bare holds no *_image.nii.gz or *_label.nii.gz", "name the files"),
     ("qc body.nii.gz --modality ctt", "no modality named 'ctt'", "'ct'"),
     ("qc body.nii.gz --anatomy livr", "no label named 'livr'", "'liver'"),
     ("qc body.nii.gz --compat x", "--compat 'x'", "--compat reference"),
