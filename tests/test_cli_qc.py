@@ -15,7 +15,7 @@ from maisi_cli.volumes import Mask, Volume, write_image, write_mask
 
 from .shell import Done
 
-GRID = Geometry(size=(12, 12, 12), spacing=(5, 5, 5))
+GRID = Geometry(size=(12, 12, 12), spacing=(17, 17, 17))
 LABELS = np.full(GRID.size, 200, np.uint8)
 LABELS[3:9, 3:9, 3:9] = 1
 HU = np.where(LABELS == 1, 60, 20).astype(np.float32)
