@@ -123,6 +123,8 @@ def coarse_image(image: Volume, box: tuple[slice, ...], n: int = IMAGE_GRID) -> 
 
 def encoder(model: str, *, device: str = "auto") -> Encoder:
     """Return the encoder of a model's VAE. Raises `CannotRun` where its weights are not installed."""
+    import dataclasses
+
     import torch
 
     from .catalog import model as find_model
@@ -130,7 +132,7 @@ def encoder(model: str, *, device: str = "auto") -> Encoder:
     from .networks import load as load_networks
     from .weights import locate
 
-    spec = find_model(model)
+    spec = dataclasses.replace(find_model(model), scale_factor=1.0)  # the correlation of latents knows no scale
     where = device_named(device)
     precision = Precision.named("fp32" if where.type == "cpu" else "auto", where)
     networks = load_networks(spec, ["vae"], device=where, precision=precision, files=locate(spec, ["vae"]))

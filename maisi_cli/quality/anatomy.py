@@ -196,20 +196,27 @@ def organs_expected(image: Volume | None, mask: Mask | None, context: Context) -
     body = _body(mask)
     if body is None:
         return []
-    rows = [
-        row for row in ct_table()["expected"]
-        if set(row["labels"]).isdisjoint(context.chosen) and any(all(body.ml([one]) >= LEAST_ML for one in each) for each in row["when"])
-    ]  # fmt: skip
-    missing = [row for row in rows if body.voxels(row["labels"]) == 0]
+    seen = [(row, _near(row, body)) for row in ct_table()["expected"] if set(row["labels"]).isdisjoint(context.chosen)]
+    rows = [(row, near) for row, near in seen if near]
+    missing = [(row, near) for row, near in rows if body.voxels(row["labels"]) == 0]
     if not rows or len(missing) > len(rows) / 2:
         return []
     if not missing:
         return [judged("organs-expected", None, 0.0, f"all {len(rows)} organs that must be in view are there", high=0.0)]
-    return [_missing(row, body, context) for row in missing]
+    return [_missing(row, near, body, context) for row, near in missing]
 
 
-def _missing(row: dict[str, Any], body: Body, context: Context) -> Finding:
-    near = next(each for each in row["when"] if all(body.ml([one]) >= LEAST_ML for one in each))
+def _near(row: dict[str, Any], body: Body) -> tuple[int, ...]:
+    """Return the first set of neighbours that is in view, or nothing."""
+    whole = row.get("whole", ())
+
+    def shown(label: int) -> bool:
+        return body.ml([label]) >= LEAST_ML and not (label in whole and body.cut([label]))
+
+    return next((each for each in row["when"] if all(map(shown, each))), ())
+
+
+def _missing(row: dict[str, Any], near: Sequence[int], body: Body, context: Context) -> Finding:
     shown = ", ".join(maisi().name_of(label) for label in near)
     text = f"no {row['name']}, although {shown} are in view"
     return judged("organs-expected", row["name"], 0.0, text, low=body.voxel_ml, tell=context.tells_anatomy)

@@ -84,7 +84,7 @@ def _around(values: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
 def seam(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
     """Look for planes across which the image steps as anatomy does not: the marks of tiles that do not fit; CT only.
 
-    Every plane of the three axes is looked at. Where the tiles are known their planes are told apart.
+    Every plane of the three axes is looked at, where planes are near enough to tell a seam from an organ's border. Where the tiles are known their planes are told apart.
     """
     if not is_ct(image):
         return []
@@ -92,7 +92,7 @@ def seam(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
     hu = np.asarray(image.array, dtype=np.float32)
     findings = []
     for axis, name in enumerate(AXES):
-        if hu.shape[axis] <= row["least_planes"]:
+        if hu.shape[axis] <= row["least_planes"] or image.geometry.spacing[axis] > row["most_mm"]:
             continue
         found = profile(hu, axis)
         limit = row["step_hu"] * max(1.0, image.geometry.spacing[axis] / row["step_mm"])

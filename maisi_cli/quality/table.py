@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_LABEL_KEYS = ("labels", "compat", "against", "gas", "together", "left", "right")
+_LABEL_KEYS = ("labels", "compat", "against", "gas", "together", "left", "right", "whole")
 
 
 def parse_labels(entries: Iterable[int | str]) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ def ct_table() -> dict[str, Any]:
     rows = [row for part in data.values() for row in (part if isinstance(part, list) else [part]) if isinstance(row, dict)]
     for row in rows:
         for key in _LABEL_KEYS:
-            if key in row:
+            if isinstance(row.get(key), list):
                 row[key] = parse_labels(row[key])
         if "when" in row:
             row["when"] = tuple(parse_labels(each) for each in row["when"])
