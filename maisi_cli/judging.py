@@ -99,7 +99,7 @@ def find_cases(paths: Iterable[Path], *, label_dir: Path | None = None) -> list[
             found = sorted(each for each in path.rglob("*.nii*") if _is_nifti(each) and not _hidden(each.relative_to(path)))
             if not found:
                 raise UsageError(f"{path} holds no NIfTI file", hint="name another folder, or the files themselves")
-            for case in _paired(found, path, label_dir):
+            for case in sorted(_paired(found, path, label_dir), key=lambda case: (_key(case).parent, case.id)):
                 cases.setdefault(_key(case), case)
         elif path.is_file():
             case = _around(path, label_dir)
@@ -189,7 +189,12 @@ def _label_of(image: Path, label_dir: Path | None, root: Path) -> Path | None:
     if beside != folder.name:
         places += [(folder.parent / each, start) for each in (beside, beside.replace("labels", "masks")) for start in (base, name)]
     found = next((each for place in places if (each := _file(*place)) and each != image), None)
-    if found is None and name in IMAGE_NAMES and (folder / "segmentations").is_dir() and any(map(_is_nifti, (folder / "segmentations").iterdir())):
+    if (
+        found is None
+        and name in IMAGE_NAMES
+        and (folder / "segmentations").is_dir()
+        and any(map(_is_nifti, (folder / "segmentations").iterdir()))
+    ):
         return folder / "segmentations"
     return found
 
@@ -197,7 +202,7 @@ def _label_of(image: Path, label_dir: Path | None, root: Path) -> Path | None:
 def _around(path: Path, label_dir: Path | None) -> Case:
     """Return the case of one file that was named."""
     if not _is_label(path) or label_dir is not None:
-        return Case(id=_id(path), image=path, label=_label_of(path, label_dir, path.parent), typed=path)
+        return Case(id=_base(path), image=path, label=_label_of(path, label_dir, path.parent), typed=path)
     base, folder = _base(path), path.parent
     places = [(folder, f"{base}{end}") for end in (*IMAGE_ENDS, "")]
     if stem(path) in LABEL_NAMES:
@@ -206,7 +211,7 @@ def _around(path: Path, label_dir: Path | None) -> Case:
         images = folder.parent / LABEL_FOLDER.sub(r"images\2", folder.name)
         places += [(images, f"{base}{end}") for end in ("_0000", "", "_image")]
     image = next((each for place in places if (each := _file(*place)) and each != path), None)
-    return Case(id=_id(path), image=image, label=path, typed=path)
+    return Case(id=_base(path), image=image, label=path, typed=path)
 
 
 def _id(path: Path) -> str:
@@ -242,9 +247,9 @@ def load(case: Case, terms: Terms) -> tuple[Volume | None, Mask | None, list[str
     kind = find_modality(terms.modality or str(record.get("modality", "ct"))).name
     image = read_image(case.image, modality=kind) if case.image else None
     label = case.label
-    if image is not None and case.image is not None and label is None and not stem(case.image).endswith(IMAGE_ENDS):
-        if _looks_like_labels(case.image, image):
-            image, label = None, case.image
+    unnamed = case.image is not None and label is None and not stem(case.image).endswith(IMAGE_ENDS)
+    if unnamed and image is not None and case.image is not None and _looks_like_labels(case.image, image):
+        image, label = None, case.image
     mask, stored = _read_label(label, terms.labels, notes) if label else (None, None)
     known = {**_known(record, mask if mask is not None else image), "stored": stored}
     return image, mask, notes, known

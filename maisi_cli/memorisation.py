@@ -111,12 +111,13 @@ def coarse_image(image: Volume, box: tuple[slice, ...], n: int = IMAGE_GRID) -> 
     """Return the image in n x n x n cells of a box, intensities in [0, 1]; smoothed where cells are larger than voxels."""
     part = np.asarray(image.array[box], dtype=np.float32)
     if image.modality.startswith("ct"):
-        part = (np.clip(part, -1000, 1000) + 1000) / 2000
+        low, high = -1000.0, 1000.0
     else:
-        part = np.clip(part / max(1e-6, float(np.percentile(part, 99.5))), 0, 1)
+        low, high = 0.0, max(1e-6, float(np.percentile(part, 99.5)))
+    part = np.asarray((np.clip(part, low, high) - low) / (high - low), dtype=np.float32)
     widths = [size / n for size in part.shape]
     part = ndimage.uniform_filter(part, [max(1, round(width)) for width in widths], mode="nearest")
-    rows = np.meshgrid(*((np.arange(n) + 0.5) * width - 0.5 for width in widths), indexing="ij")
+    rows = np.stack(np.meshgrid(*((np.arange(n) + 0.5) * width - 0.5 for width in widths), indexing="ij"))
     coarse: NDArray[np.float32] = ndimage.map_coordinates(part, rows, order=1, mode="nearest", output=np.float32)
     return coarse
 
@@ -162,9 +163,8 @@ def describe(case: Case, terms: Terms, spaces: Sequence[str], encode: Encoder | 
 
 def _unit(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return a vector of mean 0 and length 1, so that a product of two is their correlation."""
-    flat = values.ravel().astype(np.float32)
-    flat = flat - flat.mean()
-    return flat / max(1e-12, float(np.linalg.norm(flat)))
+    flat = values.ravel() - values.mean()
+    return np.asarray(flat / max(1e-12, float(np.linalg.norm(flat))), dtype=np.float32)
 
 
 def describe_all(
@@ -307,7 +307,9 @@ def audit(
     for space, number in close.items():
         on_event(Note(text=f"{number} reference cases lie as near to one another as copies in {space} space: repeated scans?"))
     named = {f"generated/{each.id}": each for each in generated} | {f"reference/{each.id}": each for each in reference}
-    return Audit(neighbours=tuple(sorted(found, key=lambda each: -each.z)), threshold=threshold, references=len(real), twins=close, cases=named)
+    return Audit(
+        neighbours=tuple(sorted(found, key=lambda each: -each.z)), threshold=threshold, references=len(real), twins=close, cases=named
+    )
 
 
 def pair_picture(one: Neighbour, cases: dict[str, Case], terms: Terms) -> bytes:

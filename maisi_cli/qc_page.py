@@ -65,7 +65,9 @@ def _case(one: Judged) -> str:
     failed = "".join(f"<li>{escape(found.text)} <small>({escape(found.check)})</small></li>" for found in one.verdict.failures())
     notes = "".join(f"<p>{escape(note)}</p>" for note in one.notes)
     rows = "".join(map(_row, one.verdict.findings))
-    head = '<tr><th>check</th><th>of</th><th class="n">value</th><th class="n">low</th><th class="n">high</th><th></th><th>in words</th></tr>'
+    head = (
+        '<tr><th>check</th><th>of</th><th class="n">value</th><th class="n">low</th><th class="n">high</th><th></th><th>in words</th></tr>'
+    )
     return (
         f'<section class="case {state}"><div>{picture}</div><div><h3>{mark} {escape(one.case.id)}</h3>'
         f"{f'<ul>{failed}</ul>' if failed else ''}{notes}<details><summary>{len(one.verdict.findings)} findings</summary>"

@@ -13,6 +13,7 @@ from maisi_cli import quality
 from maisi_cli.anatomy import maisi, remap_table
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
+from maisi_cli.plugins import plugins
 from maisi_cli.volumes import Mask, Volume, read_image, read_mask
 
 PLAIN = Geometry(size=(20, 20, 20), spacing=(2.0, 2.0, 2.5))
@@ -242,7 +243,11 @@ def test_all_built_in_checks_are_registered_and_run_by_default():
     image, mask = pair({1: 60.0, 200: -100.0})
     verdict = quality.check(image, mask, required=["liver"])
     assert {finding.check for finding in verdict.findings} == {
-        "clipped", "follows-mask", "hu-median", "intensity", "labels-known", "organs-present",
+        "clipped", "components", "follows-mask", "hu-median", "intensity", "labels-known", "organs-present",
+    }  # fmt: skip
+    assert set(plugins().registry("checks").names()) == {
+        "clipped", "components", "follows-mask", "hu-median", "intensity", "label-type", "labels-known", "laterality", "mr-background",
+        "mr-contrast", "organ-volumes", "organs-expected", "organs-present", "seam",
     }  # fmt: skip
     assert {f.check for f in quality.check(image, mask, checks=["hu-median"]).findings} == {"hu-median"}
     with pytest.raises(UsageError, match="hu-medain"):

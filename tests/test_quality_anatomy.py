@@ -206,14 +206,13 @@ def test_neighbours_stand_in_for_vertebrae_when_they_are_whole() -> None:
 # --- all of them, on bodies ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_painted_bodies_of_every_region_preset_pass(seed: int) -> None:
+def test_painted_bodies_of_every_region_preset_pass() -> None:
     for preset in presets("region"):
         regions = tuple(preset.values.get("anatomy", {}).get("regions", ()))
         if not regions or not preset.geometry:
             continue
         grid = preset.geometry.resized(tuple(min(48, n) for n in preset.geometry.size))
-        verdict = quality.check(None, body(grid, seed, regions=regions), checks=ANATOMY)
+        verdict = quality.check(None, body(grid, 1, regions=regions), checks=ANATOMY)
         assert verdict.passed, (preset.name, [finding.text for finding in verdict.failures()])
 
 

@@ -164,6 +164,6 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "maisi qc run/",
             "maisi qc run/ --anatomy liver,spleen --json",
-            "maisi qc run/ --memorization --reference phantoms/ --spaces mask --html qc.html",
+            "maisi qc run/ --memorization --reference real/ --spaces mask --html qc.html",
         ),
     )(qc)

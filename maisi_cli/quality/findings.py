@@ -66,9 +66,9 @@ class Context:
 
     `required` holds the label ids that must occur, `chosen` those whose size (or absence) was asked for, so that it is not
     judged. `own_mask` says that the mask is the user's own: its anatomy is told, not judged. `tiles` are the planes at which
-    the image was stitched and `stored` the type of the label map's file, where these are known. With `compat` the checks give the reference's results, faults included: the
-    right lower lobe (32) is no lung, an organ that holds only NaN passes, and what the reference does not look at is told,
-    not judged.
+    the image was stitched and `stored` the type of the label map's file, where these are known. With `compat` the checks
+    give the reference's results, faults included: the right lower lobe (32) is no lung, an organ that holds only NaN
+    passes, and what the reference does not look at is told, not judged.
     """
 
     required: tuple[int, ...] = ()

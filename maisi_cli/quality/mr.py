@@ -49,6 +49,8 @@ def mr_contrast(image: Volume, mask: Mask | None, context: Context) -> list[Find
     else:
         contrast, cut = 0.0, 0.0
     return [
-        judged("mr-contrast", "tissue", contrast, f"tissue spans {contrast:.1%} of the brightest", low=row["contrast"], tell=context.compat),
+        judged(
+            "mr-contrast", "tissue", contrast, f"tissue spans {contrast:.1%} of the brightest", low=row["contrast"], tell=context.compat
+        ),
         judged("mr-contrast", "clipped", cut, f"{cut:.2%} of the tissue at the largest value", high=row["top_share"], tell=context.compat),
     ]

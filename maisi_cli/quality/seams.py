@@ -84,7 +84,8 @@ def _around(values: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
 def seam(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
     """Look for planes across which the image steps as anatomy does not: the marks of tiles that do not fit; CT only.
 
-    Every plane of the three axes is looked at, where planes are near enough to tell a seam from an organ's border. Where the tiles are known their planes are told apart.
+    Every plane of the three axes is looked at, where planes are near enough to tell a seam from an organ's border. Where
+    the tiles are known their planes are told apart.
     """
     if not is_ct(image):
         return []
@@ -105,8 +106,12 @@ def seam(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
             k = int(np.nanargmax(found.energy))
             value = float(found.energy[k])
             text = f"gradients of {value:.2f} times those around at a plane of {name} (between voxels {k} and {k + 1})"
-            findings.append(judged("seam", f"{name} energy", value, text + _of_tile(context, axis, k), high=row["energy"], tell=context.compat))
-        planes = [] if context.tiles is None else [k for k in context.tiles[axis] if k < len(found.energy) and not np.isnan(found.energy[k])]
+            findings.append(
+                judged("seam", f"{name} energy", value, text + _of_tile(context, axis, k), high=row["energy"], tell=context.compat)
+            )
+        planes = (
+            [] if context.tiles is None else [k for k in context.tiles[axis] if k < len(found.energy) and not np.isnan(found.energy[k])]
+        )
         if planes:
             value = float(np.mean(found.energy[planes]))
             text = f"gradients of {value:.2f} times those around at the {len(planes)} tile planes of {name}"
