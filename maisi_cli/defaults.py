@@ -42,7 +42,7 @@ def register_checks(register: Register) -> None:
     register("label-type", f"{room}:label_type", summary="labels are stored as whole numbers")
     register("intensity", f"{room}:intensity", summary="values are finite and not all the same")
     register("clipped", f"{room}:clipped", summary="share of the body at the ends of the HU scale")
-    register("follows-mask", f"{room}:follows_mask", summary="HU steps across organ borders (informative)")
+    register("follows-mask", f"{room}:follows_mask", summary="HU steps across organ borders are as anatomy makes them")
     register("organ-volumes", f"{room}:organ_volumes", summary="volumes of whole organs against those of adults")
     register("components", f"{room}:components", summary="organs that are one piece are in one piece")
     register("laterality", f"{room}:laterality", summary="left and right are where they belong")

@@ -201,6 +201,32 @@ def distances(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
     return 1 - 2 * same / np.maximum(1, sizes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Null:
+    """How near real cases lie to one another: the distance of each to its nearest other one, with median and spread of the log."""
+
+    rows: NDArray[Any]
+    distances: NDArray[np.float64]
+    middle: float
+    spread: float
+
+    @classmethod
+    def of(cls, real: Sequence[Described], space: str) -> Null:
+        """Measure the null of real cases, each left out in turn."""
+        rows = np.stack([each.vectors[space] for each in real])
+        among = distances(rows, rows)
+        np.fill_diagonal(among, np.inf)
+        nearest = among.min(axis=1)
+        logs = np.log(np.maximum(nearest, FLOOR))
+        middle = float(np.median(logs))
+        spread = max(LEAST_SPREAD, 1.4826 * float(np.median(np.abs(logs - middle))))
+        return cls(rows=rows, distances=nearest, middle=middle, spread=spread)
+
+    def z(self, distance: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return by how many spreads distances are smaller than the median."""
+        return np.asarray((self.middle - np.log(np.maximum(distance, FLOOR))) / self.spread)
+
+
 def neighbours(generated: Sequence[Described], reference: Sequence[Described], space: str) -> list[Neighbour]:
     """Return the nearest reference case of each generated one in a space, held against the null.
 
@@ -213,22 +239,22 @@ def neighbours(generated: Sequence[Described], reference: Sequence[Described], s
     if len(real) < LEAST_REFERENCE:
         raise UsageError(f"{len(real)} reference cases have a {space}; the null needs {LEAST_REFERENCE}",
                          hint="give --reference a folder with more cases, or choose other --spaces")  # fmt: skip
-    rows = np.stack([each.vectors[space] for each in real])
-    among = distances(rows, rows)
-    np.fill_diagonal(among, np.inf)
-    null = among.min(axis=1)
-    logs = np.log(np.maximum(null, FLOOR))
-    middle = float(np.median(logs))
-    spread = max(LEAST_SPREAD, 1.4826 * float(np.median(np.abs(logs - middle))))
+    null = Null.of(real, space)
     found = []
-    for each, row in zip(made, distances(np.stack([m.vectors[space] for m in made]), rows), strict=True):
+    for each, row in zip(made, distances(np.stack([m.vectors[space] for m in made]), null.rows), strict=True):
         nearest = int(np.argmin(row))
         distance = float(row[nearest])
-        found.append(Neighbour(
-            id=each.case.id, space=space, nearest=real[nearest].case.id, distance=distance, usual=float(np.exp(middle)),
-            z=(middle - float(np.log(max(distance, FLOOR)))) / spread,
-            rank=(1 + int(np.count_nonzero(null <= distance))) / (len(null) + 1),
-        ))  # fmt: skip
+        found.append(
+            Neighbour(
+                id=each.case.id,
+                space=space,
+                nearest=real[nearest].case.id,
+                distance=distance,
+                usual=float(np.exp(null.middle)),
+                z=float(null.z(distance)),
+                rank=(1 + int(np.count_nonzero(null.distances <= distance))) / (len(real) + 1),
+            )
+        )
     return found
 
 
@@ -237,13 +263,8 @@ def twins(reference: Sequence[Described], space: str, threshold: float) -> int:
     real = [each for each in reference if space in each.vectors]
     if len(real) < LEAST_REFERENCE:
         return 0
-    rows = np.stack([each.vectors[space] for each in real])
-    among = distances(rows, rows)
-    np.fill_diagonal(among, np.inf)
-    logs = np.log(np.maximum(among.min(axis=1), FLOOR))
-    middle = float(np.median(logs))
-    spread = max(LEAST_SPREAD, 1.4826 * float(np.median(np.abs(logs - middle))))
-    return int(np.count_nonzero((middle - logs) / spread > threshold))
+    null = Null.of(real, space)
+    return int(np.count_nonzero(null.z(null.distances) > threshold))
 
 
 # --- the audit -------------------------------------------------------------------------------------
@@ -272,7 +293,9 @@ class Audit:
         """Say the outcome in one sentence."""
         copies = {each.id for each in self.neighbours if each.z > self.threshold}
         held = f"among {self.references} reference cases (z {self.threshold:g})"
-        return f"{len(copies)} too near to a real case for chance {held}" if copies else f"no copy found at this threshold {held}"
+        if not copies:
+            return f"no copy found at this threshold {held}"
+        return f"{len(copies)} {'case is' if len(copies) == 1 else 'cases are'} too near to a real case for chance {held}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the audit as `qc --memorization --json` shows it."""

@@ -26,6 +26,7 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 32px 0 8p
 p { margin: 4px 0 12px; color: var(--faint); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 3px 10px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+table.short { width: auto; } table.short td, table.short th { padding-right: 28px; }
 th { font-weight: 600; color: var(--faint); } td.n, th.n { text-align: right; white-space: nowrap; }
 .case { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 12px 0; padding: 14px 16px;
   display: grid; grid-template-columns: minmax(0, 320px) minmax(0, 1fr); gap: 16px; }
@@ -47,7 +48,7 @@ def page(cases: Sequence[Judged], *, audit: Audit | None = None, pairs: Sequence
     parts = [f"<h1>Quality check</h1><p>{passed} of {len(cases)} cases passed</p>"]
     if failing:
         rows = "".join(f'<tr><td>{escape(name)}</td><td class="n">{number}</td></tr>' for name, number in failing.most_common())
-        parts.append(f'<table><tr><th>check</th><th class="n">cases that fail it</th></tr>{rows}</table>')
+        parts.append(f'<table class="short"><tr><th>check</th><th class="n">cases that fail it</th></tr>{rows}</table>')
     if audit is not None:
         parts.append(_audit(audit, pairs))
     parts.append('<h2>Cases</h2><label><input type="checkbox" id="only"> only those that did not pass</label>')

@@ -179,7 +179,7 @@ def test_the_command_names_copies_and_writes_pictures(maisi: Callable[[str], Don
     assert done.code == 1
     states = dict(reversed(line.split()) for line in done.out.splitlines() if not line.startswith(" "))
     assert states == {"deformed": "FAIL", "exact": "FAIL", "noisy": "FAIL", "new100": "pass", "new101": "pass"}
-    assert f"3 too near to a real case for chance among {REFERENCES} reference cases (z 4)" in done.err
+    assert f"3 cases are too near to a real case for chance among {REFERENCES} reference cases (z 4)" in done.err
     assert {"exact__r03.png", "deformed__r05.png"} <= {path.name for path in Path("pairs").iterdir()}
     assert maisi("made --memorization --reference real --spaces mask --checks labels-known --out pairs").code == 2
 

@@ -214,6 +214,18 @@ def test_a_step_of_the_wrong_sign_is_told_and_does_not_fail():
     assert verdict.passed
 
 
+def test_an_image_that_does_not_follow_the_mask_fails(shared):
+    image, mask = real(shared)
+    (whole,) = [f for f in quality.follows_mask(image, mask, quality.Context()) if f.label == "all"]
+    assert (whole.value, whole.passed, whole.informative) == (0, True, False)
+    for moved in (image.array[::-1].copy(), np.roll(image.array, (12, 12, 12), (0, 1, 2))):
+        verdict = quality.check(replace(image, array=moved), mask, checks=[quality.follows_mask])
+        assert [f.label for f in verdict.failures()] == ["all"]
+        assert quality.check(replace(image, array=moved), mask, checks=[quality.follows_mask], compat=True).passed
+    few = quality.follows_mask(*pair({3: -100.0, 200: 60.0}), quality.Context())
+    assert [f.label for f in few] == ["spleen"]  # too few to judge
+
+
 def real(shared) -> tuple[Volume, Mask]:
     image = read_image(shared("data/ct_torso.nii.gz"))
     mask = read_mask(shared("data/ct_torso_seg.nii.gz"))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..volumes import Mask, Volume
-from .findings import Context, Finding
+from .findings import Context, Finding, judged
 from .table import ct_table, membership
 
 
@@ -92,8 +92,26 @@ def clipped(image: Volume, mask: Mask | None, context: Context) -> list[Finding]
 
 
 def follows_mask(image: Volume, mask: Mask | None, context: Context) -> list[Finding]:
-    """Compare the HU step across each organ's border with the sign anatomy gives it; informative, CT only."""
-    return hu_steps(image, mask) if mask is not None and is_ct(image) else []
+    """Compare the HU step across each organ's border with the sign anatomy gives it; CT only.
+
+    Each step alone is informative; an image in which more than a third of four or more are off is not that of the mask.
+    """
+    if mask is None or not is_ct(image):
+        return []
+    findings = hu_steps(image, mask)
+    row = ct_table()["follows"]
+    if len(findings) < row["least_organs"]:
+        return findings
+    off = [finding for finding in findings if not _within(finding)]
+    text = f"{len(off)} of {len(findings)} HU steps across borders of organs are not as anatomy makes them"
+    share = len(off) / len(findings)
+    return [*findings, judged("follows-mask", "all", share, text, high=row["share_off"], tell=context.compat)]
+
+
+def _within(finding: Finding) -> bool:
+    value = finding.value
+    assert value is not None
+    return (finding.low is None or value >= finding.low) and (finding.high is None or value <= finding.high)
 
 
 def hu_steps(image: Volume, mask: Mask) -> list[Finding]:
