@@ -33,7 +33,7 @@ SPACES = ("mask", "latent", "intensity")
 THRESHOLD = 4.0
 """The default z: see `docs/quality.md` for what lies on either side of it."""
 MASK_GRID = 32
-IMAGE_GRID = 64
+IMAGE_GRID = 48
 COARSE_GRID = 32
 LEAST_REFERENCE = 5
 FEW_REFERENCE = 20

@@ -211,7 +211,7 @@ def test_painted_bodies_of_every_region_preset_pass() -> None:
         regions = tuple(preset.values.get("anatomy", {}).get("regions", ()))
         if not regions or not preset.geometry:
             continue
-        grid = preset.geometry.resized(tuple(min(48, n) for n in preset.geometry.size))
+        grid = preset.geometry.resized(tuple(min(40, n) for n in preset.geometry.size))
         verdict = quality.check(None, body(grid, 1, regions=regions), checks=ANATOMY)
         assert verdict.passed, (preset.name, [finding.text for finding in verdict.failures()])
 
