@@ -39,9 +39,17 @@ def register_checks(register: Register) -> None:
     register("hu-median", f"{room}:hu_median", summary="median HU of seven organs against real scans")
     register("organs-present", f"{room}:organs_present", summary="the organs asked for are in the mask")
     register("labels-known", f"{room}:labels_known", summary="every label id is in the vocabulary")
+    register("label-type", f"{room}:label_type", summary="labels are stored as whole numbers")
     register("intensity", f"{room}:intensity", summary="values are finite and not all the same")
     register("clipped", f"{room}:clipped", summary="share of the body at the ends of the HU scale")
-    register("follows-mask", f"{room}:follows_mask", summary="HU steps across organ borders (informative)")
+    register("follows-mask", f"{room}:follows_mask", summary="HU steps across organ borders are as anatomy makes them")
+    register("organ-volumes", f"{room}:organ_volumes", summary="volumes of whole organs against those of adults")
+    register("components", f"{room}:components", summary="organs that are one piece are in one piece")
+    register("laterality", f"{room}:laterality", summary="left and right are where they belong")
+    register("organs-expected", f"{room}:organs_expected", summary="no organ is missing where its neighbours are in view")
+    register("seam", f"{room}:seam", summary="no plane across which the image steps, as tiles leave it")
+    register("mr-background", f"{room}:mr_background", summary="MR: dark corners, nothing negative")
+    register("mr-contrast", f"{room}:mr_contrast", summary="MR: contrast in the tissue, no ceiling")
 
 
 @hookimpl

@@ -269,8 +269,18 @@ class _Run:
             image = onto(image, grid)
             if mask is not None:
                 image = dataclasses.replace(image, array=_clear_outside(image, mask))
-        verdict = quality.check(image, mask, required=settings.anatomy, compat=settings.compat == "reference")
+        verdict = quality.check(
+            image, mask, required=settings.anatomy, compat=settings.compat == "reference", own_mask=self.source == "file",
+            chosen=quality.chosen_organs(settings.anatomy_size), tiles=self._tiles(inner, grid),
+        )  # fmt: skip
         return _Try(attempt=attempt, seed=seed, image=image, mask=mask, about=about, verdict=verdict, latent=latent, seconds=clock.seconds)
+
+    def _tiles(self, inner: Geometry, grid: Geometry) -> quality.Planes | None:
+        """Return the planes where the decoder's windows met, in voxels of `grid`; None where it had none."""
+        window = self.plan.choice("window")
+        if self.plan.choice("decoder") != "window" or window is None or inner.size != grid.size:
+            return None
+        return quality.tile_planes(grid.size, window, self.plan.choice("overlap") or 0.0, factor=self.spec.latent_factor)
 
     def _mask(self, job: Job, attempt: int) -> masks.Made | None:
         if self.masks is None:

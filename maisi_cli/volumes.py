@@ -183,6 +183,11 @@ def is_label_map(path: str | Path) -> bool:
     return bool(_open(Path(path))[0].header.get_intent()[0] == "label")
 
 
+def stored_type(path: str | Path) -> str:
+    """Return the type in which a NIfTI file stores its values, such as `uint8`. Raises `UsageError` as `read_image` does."""
+    return str(_open(Path(path))[0].get_data_dtype().name)
+
+
 def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
     import nibabel
 

@@ -10,8 +10,11 @@ from typing import Any
 
 import typer
 from maisi_cli import cli
+from maisi_cli.plugins import plugins
+from maisi_cli.quality import ct_table
 
 ROOT = Path(__file__).resolve().parents[1]
+QUALITY = (ROOT / "docs" / "quality.md").read_text("utf-8")
 DIFFERENCES = (ROOT / "docs" / "differences.md").read_text("utf-8")
 SILENT_ERRORS = range(16, 54)
 
@@ -70,3 +73,43 @@ def test_the_flags_that_are_named_exist() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", DIFFERENCES)) - {"--random-seed"}  # of the reference
     assert len(named) > 8
     assert named - options() == set()
+
+
+# --- quality.md -----------------------------------------------------------------------------------
+
+
+def test_every_check_has_its_place_in_the_page_on_quality() -> None:
+    checks, _, others = QUALITY.partition("## The checks")[2].partition("## What else")
+    assert re.findall(r"^### (\S+)$", checks, flags=re.M) == sorted(plugins().registry("checks").names())
+    assert re.findall(r"^### (\S+)$", others, flags=re.M) == ["readable", "memorisation"]
+    for name, text in re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", checks, flags=re.M | re.S):
+        assert "What to do: " in " ".join(text.split()), name
+        assert (
+            "Source: " in " ".join(text.split()) or "source |" in text or name in ("label-type", "organs-present", "seam", "hu-median")
+        ), name
+
+
+def test_the_page_on_quality_has_the_volumes_of_the_table() -> None:
+    rows = re.findall(r"^\| ([a-z ]+) \| ([\d.]+) to ([\d.]+) \| (.+) \|$", QUALITY, flags=re.M)
+    assert [(name, float(low), float(high)) for name, low, high, _ in rows] == [
+        (row["name"], row["low"], row["high"]) for row in ct_table()["volume"]
+    ]
+
+
+def test_the_page_on_quality_has_the_bounds_of_the_table() -> None:
+    table, page = ct_table(), " ".join(QUALITY.split())
+    for row in table["median"]:
+        low, high = (f"{round(row[key], 1):g}" for key in ("low", "high"))
+        assert f"{row['name']} {low} to {high}" in page
+    seam = table["seam"]
+    assert f"stand out by {seam['step_hu']:g} HU" in page
+    assert f"{seam['energy']:g} times the second largest" in page
+    assert f"held to {seam['tiles']:g}" in page
+    assert f"more than {seam['step_mm']:g} mm apart; beyond {seam['most_mm']:g} mm" in page
+    for row in table["piece"]:
+        assert any(word in page for word in (row["name"], row["name"].split()[-1])), row["name"]
+    assert {row["least"] for row in table["piece"]} == {0.95, 0.9}
+
+
+def test_the_flags_on_the_page_on_quality_exist() -> None:
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", QUALITY)) - options() == set()

@@ -13,6 +13,7 @@ from maisi_cli import quality
 from maisi_cli.anatomy import maisi, remap_table
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
+from maisi_cli.plugins import plugins
 from maisi_cli.volumes import Mask, Volume, read_image, read_mask
 
 PLAIN = Geometry(size=(20, 20, 20), spacing=(2.0, 2.0, 2.5))
@@ -213,6 +214,18 @@ def test_a_step_of_the_wrong_sign_is_told_and_does_not_fail():
     assert verdict.passed
 
 
+def test_an_image_that_does_not_follow_the_mask_fails(shared):
+    image, mask = real(shared)
+    (whole,) = [f for f in quality.follows_mask(image, mask, quality.Context()) if f.label == "all"]
+    assert (whole.value, whole.passed, whole.informative) == (0, True, False)
+    for moved in (image.array[::-1].copy(), np.roll(image.array, (12, 12, 12), (0, 1, 2))):
+        verdict = quality.check(replace(image, array=moved), mask, checks=[quality.follows_mask])
+        assert [f.label for f in verdict.failures()] == ["all"]
+        assert quality.check(replace(image, array=moved), mask, checks=[quality.follows_mask], compat=True).passed
+    few = quality.follows_mask(*pair({3: -100.0, 200: 60.0}), quality.Context())
+    assert [f.label for f in few] == ["spleen"]  # too few to judge
+
+
 def real(shared) -> tuple[Volume, Mask]:
     image = read_image(shared("data/ct_torso.nii.gz"))
     mask = read_mask(shared("data/ct_torso_seg.nii.gz"))
@@ -242,7 +255,11 @@ def test_all_built_in_checks_are_registered_and_run_by_default():
     image, mask = pair({1: 60.0, 200: -100.0})
     verdict = quality.check(image, mask, required=["liver"])
     assert {finding.check for finding in verdict.findings} == {
-        "clipped", "follows-mask", "hu-median", "intensity", "labels-known", "organs-present",
+        "clipped", "components", "follows-mask", "hu-median", "intensity", "labels-known", "organs-present",
+    }  # fmt: skip
+    assert set(plugins().registry("checks").names()) == {
+        "clipped", "components", "follows-mask", "hu-median", "intensity", "label-type", "labels-known", "laterality", "mr-background",
+        "mr-contrast", "organ-volumes", "organs-expected", "organs-present", "seam",
     }  # fmt: skip
     assert {f.check for f in quality.check(image, mask, checks=["hu-median"]).findings} == {"hu-median"}
     with pytest.raises(UsageError, match="hu-medain"):

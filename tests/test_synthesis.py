@@ -232,6 +232,23 @@ def test_samples_that_fail_are_dropped_and_the_answer_is_no(model: str, monkeypa
     assert not Path("run").exists()
 
 
+def test_checks_are_told_where_the_mask_is_from_and_where_tiles_meet(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    def check(image: Any, mask: Any, **values: Any) -> quality.Verdict:
+        told.append(values)
+        return quality.Verdict(findings=())
+
+    monkeypatch.setattr(synthesis.quality, "check", check)
+    make(model, decoder="window", window="4x4x8", overlap=0.0)
+    assert told[0]["tiles"] == ((15,), (15,), ())  # windows of 16 x 16 x 32 voxels in 32 x 32 x 32
+    assert not told[0]["own_mask"]
+    own_mask(Path("case.nii.gz"))
+    make(model, size=None, spacing=None, mask="case.nii.gz", out="own")
+    assert told[1]["own_mask"]
+    assert told[1]["tiles"] is None
+
+
 def own_mask(path: Path, size: tuple[int, int, int] = (35, 30, 41)) -> Mask:
     array = np.zeros(size, dtype=np.uint8)
     array[4:-4, 4:-4, 4:-4] = 200

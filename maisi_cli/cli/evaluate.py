@@ -8,119 +8,162 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import output
-from .options import Json, Quiet, Verbose, examples
+from .options import Force, Json, Quiet, Verbose, examples
 
 if TYPE_CHECKING:
-    from ..quality import Verdict
+    from ..judging import Judged, Terms
+    from ..memorisation import Audit
+
+PAIRS = 8
+"""How many of the nearest pairs are drawn."""
 
 
 def qc(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders, images with their label map beside them (*_image, *_label), or label maps alone.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders, images with their label map beside them, or label maps alone.")],
+    label_dir: Annotated[Path | None, typer.Option("--label-dir", metavar="DIR", help="Folder of the label maps, each named like its image.", show_default=False)] = None,
     labels: Annotated[str, typer.Option("--labels", metavar="NAME|FILE", help="Vocabulary of the label maps.")] = "maisi",
     anatomy: Annotated[str | None, typer.Option("--anatomy", metavar="A,B", help="Organs that every mask must contain.", show_default=False)] = None,
-    modality: Annotated[str, typer.Option("--modality", metavar="NAME", help="Modality of the images.")] = "ct",
+    modality: Annotated[str | None, typer.Option("--modality", metavar="NAME", help="Modality of the images [default: the record's, else ct].", show_default=False)] = None,
+    checks: Annotated[str | None, typer.Option("--checks", metavar="A,B", help="Run these checks alone.", show_default=False)] = None,
     compat: Annotated[str | None, typer.Option("--compat", metavar="reference", help="The reference's own numerics where they differ.", show_default=False)] = None,
-    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+    csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a table with one row per finding.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with a picture and the findings of every case.", show_default=False)] = None,
+    memorization: Annotated[bool, typer.Option("--memorization", help="Look for cases that are copies of those in --reference.")] = False,
+    reference: Annotated[Path | None, typer.Option("--reference", metavar="DIR", help="Folder of the real cases.", show_default=False)] = None,
+    spaces: Annotated[str, typer.Option("--spaces", metavar="A,B", help="Where copies are looked for: mask, latent, intensity.")] = "mask,latent",
+    model: Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="Model whose VAE makes the latents.")] = "nano-ct",
+    threshold: Annotated[float | None, typer.Option("--threshold", metavar="Z", help="The z above which a case counts as a copy [default: 4].", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write a picture of each of the nearest pairs.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=0, help="Processes (0: one per core).")] = 0,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Check image and label pairs: HU, organs, labels. Exit code 1 when one fails.
+    """Check images and label maps: HU, volumes, sides and pieces of organs, seams. Exit code 1 when one fails.
 
-    Of a label map without an image only its labels are checked.
+    Folders of maisi, nnU-Net (imagesTr, labelsTr) and TotalSegmentator (ct, segmentations) are understood. Of a label map
+    without an image only its labels are checked.
     """
-    from ..catalog import modality as find_modality
     from ..errors import UsageError
-    from ..quality import check
-    from ..volumes import read_image
+    from ..files import refuse_overwriting, write_atomic
+    from ..judging import Terms, as_csv, find_cases, judge_all, with_findings
 
+    _require_audit(memorization, {"--reference": reference, "--threshold": threshold, "--out": out})
     if compat not in (None, "reference"):
         raise UsageError(f"--compat {compat!r} is not known", hint="use --compat reference")
-    kind = find_modality(modality).name
-    required = [name for name in (anatomy or "").split(",") if name.strip()]
-    cases = []
-    for name, file, label in _pairs(paths):
-        image = read_image(file, modality=kind) if file else None
-        if file and not label and not _stem(file).endswith("_image") and _is_label_map(file, image):
-            image, label = None, file
-        mask = _mask(label, labels) if label else None
-        verdict = check(image, mask, required=required, compat=compat == "reference")
-        checked = bool(verdict.findings)
-        cases.append({"id": name, **verdict.as_dict(), "passed": checked and verdict.passed})
+    for file in filter(None, (csv_file, html)):
+        refuse_overwriting(file, force=force)
+    terms = Terms(
+        labels=labels, modality=modality, required=_list(anatomy), checks=_list(checks) if checks is not None else None,
+        compat=compat == "reference", picture=html is not None,
+    )  # fmt: skip
+    cases = find_cases(paths, label_dir=label_dir)
+    real = find_cases([reference]) if memorization and reference is not None else []
+    _require_known(terms)
+    judged: list[Judged] = []
+    with output.events() as listen:
+        for one in judge_all(cases, terms, jobs=jobs, on_event=listen if len(cases) >= PAIRS else _silent):
+            judged.append(one)
+            if not as_json and not memorization:
+                _show(one)
+            for note in one.notes:
+                output.say(f"{one.case.id}: {note}")
+        audit = None
+        if memorization:
+            from ..memorisation import THRESHOLD
+            from ..memorisation import audit as look_for_copies
+
+            limit = THRESHOLD if threshold is None else threshold
+            audit = look_for_copies(cases, real, terms, spaces=_list(spaces), model=model, threshold=limit, on_event=listen)
+    if audit is not None:
+        judged = [with_findings(one, [each.finding(audit.threshold) for each in audit.of(one.case.id)]) for one in judged]
         if not as_json:
-            _show(name, verdict)
-        if not checked:
-            output.say(f"{name}: no check applies to it, so it did not pass")
-        elif mask is None:
-            output.say(f"{name}: no label map beside it, so only its values were checked")
-        elif image is None:
-            output.say(f"{name}: no image beside it, so only its labels were checked")
-    passed = all(case["passed"] for case in cases)
+            for one in judged:
+                _show(one)
+    if csv_file is not None:
+        write_atomic(csv_file, as_csv(judged).encode())
+    _write_pictures(judged, audit, terms, html, out, force=force)
+    passed = all(one.passed for one in judged)
     if as_json:
-        output.json_out({"schema": "maisi.qc/1", "cases": cases, "passed": passed})
+        found = {"memorization": audit.as_dict()} if audit is not None else {}
+        output.json_out({"schema": "maisi.qc/1", "cases": [one.as_dict() for one in judged], **found, "passed": passed})
     else:
-        output.say(f"{sum(bool(case['passed']) for case in cases)} of {len(cases)} passed")
+        output.say(f"{sum(one.passed for one in judged)} of {len(judged)} passed" + (f"; {audit.summary()}" if audit else ""))
     if not passed:
         raise typer.Exit(1)
 
 
-def _is_label_map(path: Path, image: Any) -> bool:
-    """Say whether a file holds labels: its header says so, or what should be CT holds whole numbers of 0..255 alone."""
-    import numpy as np
-
-    from ..volumes import is_label_map
-
-    if is_label_map(path):
-        return True
-    values = image.array
-    return bool(image.modality.startswith("ct") and values.min() >= 0 and values.max() <= 255 and np.array_equal(values, np.rint(values)))
+def _list(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def _mask(path: Path, labels: str) -> Any:
-    from ..masks import map_labels
-    from ..volumes import read_mask
-
-    mask = read_mask(path)
-    return mask if labels == "maisi" else map_labels(mask, labels)
+def _silent(event: Any) -> None:
+    """Say nothing of the steps of a few cases."""
 
 
-def _show(name: str, verdict: Verdict) -> None:
-    output.data(f"{'none' if not verdict.findings else 'pass' if verdict.passed else 'FAIL'}  {name}")
-    for finding in verdict.failures():
+def _require_audit(memorization: bool, only: dict[str, Any]) -> None:
+    """Refuse the options of the search for copies without it, and it without a reference."""
+    from ..errors import UsageError
+
+    if memorization and only["--reference"] is None:
+        raise UsageError("--memorization needs real cases to compare with", hint="add --reference DIR")
+    for flag, value in only.items():
+        if not memorization and value is not None:
+            raise UsageError(f"{flag} belongs to the search for copies", hint="add --memorization, or leave it out")
+
+
+def _require_known(terms: Terms) -> None:
+    """Refuse names that do not exist before a file is read."""
+    from ..anatomy import maisi, remap_table
+    from ..catalog import modality as find_modality
+    from ..plugins import plugins
+
+    if terms.modality is not None:
+        find_modality(terms.modality)
+    for name in terms.required:
+        maisi().id(name)
+    remap_table(terms.labels)
+    for name in terms.checks or ():
+        plugins().registry("checks").entry(name)
+
+
+def _show(one: Judged) -> None:
+    output.data(f"{'none' if not one.verdict.findings else 'pass' if one.passed else 'FAIL'}  {one.case.id}")
+    for finding in one.verdict.failures():
         output.data(f"      {finding.text}")
 
 
-def _pairs(paths: list[Path]) -> list[tuple[str, Path | None, Path | None]]:
-    """Return (id, image, label map) of all that the paths name or hold; the two belong together by name, and each may lack the other."""
-    from ..errors import UsageError
+def _write_pictures(judged: list[Judged], audit: Audit | None, terms: Terms, html: Path | None, out: Path | None, *, force: bool) -> None:
+    """Write the page and the pictures of the nearest pairs."""
+    if html is None and (out is None or audit is None):
+        return
+    from ..files import refuse_overwriting, write_atomic
+    from ..qc_page import page
 
-    named: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("*.nii*") if _stem(each).endswith(("_image", "_label")))
-            if not found:
-                raise UsageError(f"{path} holds no *_image.nii.gz or *_label.nii.gz", hint="name the files themselves, or another folder")
-            named += found
-        elif path.is_file():
-            named.append(path)
-        else:
-            raise UsageError(f"there is no file or folder {path}", hint="check the path")
-    rows: dict[Path, tuple[str, Path | None, Path | None]] = {}
-    for path in named:
-        stem = _stem(path).removesuffix("_image").removesuffix("_label")
-        is_label = _stem(path).endswith("_label")
-        other = next(filter(None, (_beside(path, stem, end) for end in (("_image", "") if is_label else ("_label",)))), None)
-        image, label = (other, path) if is_label else (path, other)
-        rows.setdefault(path.with_name(stem), (stem, image, label))
-    return list(rows.values())
+    pairs = []
+    if audit is not None:
+        from ..memorisation import pair_name, pair_picture
 
-
-def _beside(path: Path, stem: str, end: str) -> Path | None:
-    """Return the file of the same case whose name has this end."""
-    return next((each for kind in (".nii.gz", ".nii") if (each := path.with_name(f"{stem}{end}{kind}")).is_file()), None)
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".nii")[0]
+        nearest = {(one.id, one.nearest): one for one in reversed(audit.neighbours)}
+        chosen = sorted(nearest.values(), key=lambda one: -one.z)[:PAIRS]
+        if out is not None:
+            for one in chosen:
+                refuse_overwriting(out / pair_name(one), force=force)
+        pairs = [(one, pair_picture(one, audit.cases, terms)) for one in chosen]
+        if out is not None:
+            for one, picture in pairs:
+                write_atomic(out / pair_name(one), picture)
+                output.say(f"wrote {out / pair_name(one)}")
+    if html is not None:
+        write_atomic(html, page(judged, audit=audit, pairs=pairs).encode())
+        output.say(f"wrote {html}")
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("qc", epilog=examples("maisi qc run/", "maisi qc run/ --anatomy liver,spleen --json"))(qc)
+    app.command(
+        "qc",
+        epilog=examples(
+            "maisi qc run/",
+            "maisi qc run/ --anatomy liver,spleen --json",
+            "maisi qc run/ --memorization --reference real/ --spaces mask --html qc.html",
+        ),
+    )(qc)
