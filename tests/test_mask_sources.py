@@ -630,7 +630,7 @@ def test_the_best_of_several_masks_of_the_database_is_taken(shared: Shared) -> N
     assert found["miss"] == pytest.approx(min(tried), abs=1e-3)
     assert found["reached"] is (min(tried) <= 0.25)
     with pytest.raises(UsageError, match="knows no relative sizes such as lung tumor="):
-        small(shared, tumor="lung=0.3")
+        open_source("database", chosen(mask_database=index(shared), tumor="lung=0.3"), model("rflow-ct"))
 
 
 def test_a_run_generates_mask_and_image_and_records_both(whole: dict[str, Any]) -> None:
