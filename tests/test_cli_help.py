@@ -140,6 +140,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(folder / "nano")
     (folder / "nano" / "tiny.toml").write_text(TINY.replace('name = "tiny"', 'name = "nano-ct"'))
     make_phantoms(folder / "phantoms", 2, size=32, workers=1)
+    shutil.copytree(folder / "phantoms", folder / "real")
     encode(folder / "phantoms", folder / "nano" / "vae.safetensors", out=folder / "latents", model=str(folder / "nano" / "tiny.toml"))
     for run, part in (("vae", "vae"), ("dm", "unet")):
         (folder / "runs" / run).mkdir(parents=True)
