@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from maisi_cli.backbones import SliceNet
 from maisi_cli.geometry import Geometry
 from maisi_cli.phantom import body, render
 from maisi_cli.weights import save_state
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 REGIONS = (("chest",), ("abdomen",), ("chest", "abdomen"), ("abdomen", "lower"), ("head", "chest"), ("lower",))
 SIDE, PER_PLANE, COMMON = 96, 24, 0.02
@@ -146,8 +145,7 @@ def main() -> None:
              "slices": len(images), "seed": options.seed, "epochs": options.epochs,
              "cpu_seconds": round(time.process_time() - started)}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor for name, tensor in network.state_dict().items()}
-    save_state(options.out / "features.safetensors", state, metadata={})
+    save_state(options.out / "features.safetensors", network.state_dict(), metadata={})
     (options.out / "training.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     print(json.dumps(about), flush=True)
 

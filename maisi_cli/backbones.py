@@ -19,6 +19,8 @@ class SliceNet(nn.Module):
     """
 
     size = 128
+    centre: Tensor
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,9 +84,7 @@ class _Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * width, eps=eps)
         self.downsample = None
         if widen:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, 4 * width, 1, stride=stride, bias=keras), nn.BatchNorm2d(4 * width, eps=eps)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride=stride, bias=keras), nn.BatchNorm2d(4 * width, eps=eps))
 
     def forward(self, maps: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(maps)))

@@ -201,18 +201,27 @@ class Cache:
 
 def same_profile(ours: Profile, theirs: Mapping[str, Any], where: str) -> None:
     """Refuse features of another preprocessing, naming both. Raises `UsageError`."""
-    if theirs["sha256"] != ours.sha256:
-        mine = {key: value for key, value in json.loads(json.dumps(ours.as_dict())).items() if key not in ("name", "sha256")}
-        differing = ", ".join(f"{key} {theirs.get(key)} against {value}" for key, value in mine.items() if theirs.get(key) != value)
-        raise UsageError(f"{where} was made with profile {theirs['name']} ({theirs['sha256'][:12]}), not {ours.name} ({ours.sha256[:12]}): {differing}",
-                         hint="use the same profile, or another --cache")  # fmt: skip
+    if theirs["sha256"] == ours.sha256:
+        return
+    mine = json.loads(json.dumps(ours.as_dict()))
+    differing = ", ".join(f"{key} {theirs.get(key)} against {value}" for key, value in mine.items()
+                          if key not in ("name", "sha256") and theirs.get(key) != value)  # fmt: skip
+    raise UsageError(
+        f"{where} was made with profile {_named(theirs)}, not {_named(mine)}: {differing}",
+        hint="use the same profile, or another --cache",
+    )
 
 
 def same_extractor(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
     """Refuse features of another extractor or other weights, naming both. Raises `UsageError`."""
     if theirs["sha256"] != ours["sha256"]:
-        raise UsageError(f"{where} was made with features {theirs['name']} ({theirs['sha256'][:12]}), not {ours['name']} ({ours['sha256'][:12]})",
-                         hint="use the same --features, or another --cache")  # fmt: skip
+        raise UsageError(
+            f"{where} was made with features {_named(theirs)}, not {_named(ours)}", hint="use the same --features, or another --cache"
+        )
+
+
+def _named(about: Mapping[str, Any]) -> str:
+    return f"{about['name']} ({about['sha256'][:12]})"
 
 
 def _key(case: Case, labels: bool) -> str:
@@ -251,7 +260,7 @@ def organs_of(image: Volume, mask: Mask) -> NDArray[np.float64]:
 def _load(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     """Return the arrays of an .npz, or those named. Raises `UsageError` for a damaged file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return {name: file[name] for name in names or file.files}
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise UsageError(f"{path} is damaged", hint="remove it; its features are computed again") from error
@@ -261,11 +270,10 @@ def _load(path: Path, *names: str) -> dict[str, NDArray[Any]]:
 
 
 def _collect(
-    source: Path, cache: Cache, crew: Team, *, side: str, number: int | None, seed: int, modality: str, labels: bool, device: Any,
+    source: Path, found: Sequence[Case], cache: Cache, crew: Team, *, side: str, modality: str, labels: bool, device: Any,
     batch: int | None, on_event: OnEvent,
 ) -> Statistics | None:  # fmt: skip
     """Compute what is missing of a set's features, this process its share, and gather the statistics on the first process."""
-    found = chosen(cases(source), number, cache.profile.order, seed)
     on_event(Stage(name=f"features of {side}", detail=f"{len(found)} volumes"))
     keys: dict[int, str] = {}
     mine = range(crew.rank, len(found), crew.size)
@@ -302,7 +310,9 @@ def _statistics(source: str, cache: Cache, names: Sequence[str], paths: tuple[Pa
         organs.append(None if rows is None else {int(label): (float(ml), float(value)) for label, ml, value in rows})
         spacings.append((float(found["spacing_mm"][0]), float(found["spacing_mm"][1]), float(found["spacing_mm"][2])))
         hashes.append(found["image_sha256"].tobytes().hex())
-    planes = {plane: PlaneStatistics(moments=merged[plane], counts=np.asarray(counts[plane]), means=np.stack(means[plane])) for plane in PLANES}
+    planes = {
+        plane: PlaneStatistics(moments=merged[plane], counts=np.asarray(counts[plane]), means=np.stack(means[plane])) for plane in PLANES
+    }
     thin = next((plane for plane in PLANES if planes[plane].moments.n < 2), None)
     if thin is not None:
         raise UsageError(f"{source} has {planes[thin].moments.n:g} slices of plane {thin}, too few for a covariance",
@@ -345,8 +355,9 @@ def save(found: Statistics, path: Path, *, force: bool = False) -> Path:
     if path.suffix != ".npz":
         raise UsageError(f"{path} is not named .npz", hint="name saved statistics *.npz")
     refuse_overwriting(path, force=force)
-    about = {"schema": STATISTICS_SCHEMA, "source": Path(found.source).name, "profile": found.profile.as_dict(), "features": dict(found.extractor),
-             "names": list(found.names), "sha256": list(found.sha256), "spacing_mm": [list(each) for each in found.spacing_mm],
+    about = {"schema": STATISTICS_SCHEMA, "source": Path(found.source).name, "profile": found.profile.as_dict(),
+             "features": dict(found.extractor), "names": list(found.names), "sha256": list(found.sha256),
+             "spacing_mm": [list(each) for each in found.spacing_mm],
              "organs": [None if each is None else {str(key): value for key, value in each.items()} for each in found.organs]}  # fmt: skip
     arrays: dict[str, NDArray[Any]] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "baseline": found.baseline}
     for plane, each in found.planes.items():
@@ -370,7 +381,8 @@ def load_statistics(path: Path) -> Statistics:
         return Statistics(
             source=str(path), profile=Profile(**fields), extractor=about["features"], names=tuple(about["names"]),
             sha256=tuple(about["sha256"]), spacing_mm=_tuple(about["spacing_mm"]), planes=planes, baseline=arrays["baseline"],
-            organs=tuple(None if each is None else {int(key): (value[0], value[1]) for key, value in each.items()} for each in about["organs"]),
+            organs=tuple(None if each is None else {int(key): (value[0], value[1]) for key, value in each.items()}
+                         for each in about["organs"]),
         )  # fmt: skip
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} holds no statistics of maisi", hint="give what  maisi fid --save  wrote, a folder, or a list") from error
@@ -391,12 +403,12 @@ def compare(
 ) -> Comparison | None:  # fmt: skip
     """Compare synthetic volumes with real ones; each is a folder, a list file, or statistics saved before (.npz).
 
-    `features` names an extractor (or is one; by default `maisi-slices`, or that of saved statistics), `profile` the preprocessing, of which `changes` replaces values. `bootstrap`
-    is the number of resamples of the interval, by default 100, or 20 with more than 512 features; `baseline` is `split` or
-    `none`. With `save_to` the statistics of `real` are written there, and `synth` may be left out. Under torchrun or
-    accelerate each process computes its share of the features, and only the first returns the comparison; the others
-    return None, as does a call without `synth`. Raises `UsageError` for sets, statistics and caches that do not belong
-    together.
+    `features` names an extractor (or is one; by default `maisi-slices`, or that of saved statistics), `profile` the
+    preprocessing, of which `changes` replaces values. `bootstrap` is the number of resamples of the interval, by default
+    100, or 20 with more than 512 features; `baseline` is `split` or `none`. With `save_to` the statistics of `real` are
+    written there, and `synth` may be left out. Under torchrun or accelerate each process computes its share of the features,
+    and only the first returns the comparison; the others return None, as does a call without `synth`. Raises `UsageError`
+    for sets, statistics and caches that do not belong together.
     """
     for metric in metrics:
         if metric not in METRICS:
@@ -422,6 +434,7 @@ def compare(
         if each is not None:
             same_profile(wanted, each.profile.as_dict(), each.source)
             same_extractor(using.as_dict() if using else saved[0].extractor, each.extractor, each.source)  # type: ignore[union-attr]
+    listed = [cases(source) if each is None else [] for source, each in zip(sources, saved, strict=True)]
     with team() as crew, contextlib.ExitStack() as stack:
         listen = on_event if not crew.rank else ignore
         sets: list[Statistics | None] = []
@@ -434,9 +447,10 @@ def compare(
             crew.gather(None)
             where = crew.device(device_named, device)
             using.to(where)
-            for source, side, each in zip(sources, ("real", "synth"), saved, strict=False):
-                sets.append(each or _collect(source, store, crew, side=side, number=num_images, seed=seed, modality=modality,
-                                             labels="organs" in metrics, device=where, batch=batch, on_event=listen))  # fmt: skip
+            for source, side, each, found in zip(sources, ("real", "synth"), saved, listed, strict=False):
+                taken = chosen(found, num_images, wanted.order, seed)
+                sets.append(each or _collect(source, taken, store, crew, side=side, modality=modality, labels="organs" in metrics,
+                                             device=where, batch=batch, on_event=listen))  # fmt: skip
         else:
             sets = list(saved)
         if crew.rank:
@@ -453,7 +467,9 @@ def compare(
             return None
         second = sets[1]
         assert second is not None
-        return _compared(first, second, metrics=metrics, bootstrap=bootstrap, seed=seed, kind=kind, baseline=baseline == "split", on_event=listen)
+        return _compared(
+            first, second, metrics=metrics, bootstrap=bootstrap, seed=seed, kind=kind, baseline=baseline == "split", on_event=listen
+        )
 
 
 @contextlib.contextmanager
@@ -487,7 +503,8 @@ def _with_baseline(found: Statistics, baseline: NDArray[np.float64]) -> Statisti
 
 
 def _compared(
-    real: Statistics, synth: Statistics, *, metrics: Sequence[str], bootstrap: int | None, seed: int, kind: str, baseline: bool, on_event: OnEvent
+    real: Statistics, synth: Statistics, *, metrics: Sequence[str], bootstrap: int | None, seed: int, kind: str, baseline: bool,
+    on_event: OnEvent,
 ) -> Comparison:  # fmt: skip
     notes: list[str] = []
     fid = _averaged({plane: distances.frechet(real.planes[plane].moments, synth.planes[plane].moments) for plane in PLANES})
@@ -565,8 +582,8 @@ def _baseline(real: Statistics, synth: Statistics) -> dict[str, Any] | None:
     scale = (1 / real.volumes + 1 / synth.volumes) / (2 / half)
     measured = _averaged({plane: float(real.baseline[:, k].mean()) for k, plane in enumerate(PLANES)})
     averages = real.baseline.mean(axis=1)
-    return {**measured, "low": float(averages.min()), "high": float(averages.max()), "volumes": half, "splits": len(averages), "method": "split",
-            "at_these_sizes": {name: value * scale for name, value in measured.items()}}  # fmt: skip
+    return {**measured, "low": float(averages.min()), "high": float(averages.max()), "volumes": half, "splits": len(averages),
+            "method": "split", "at_these_sizes": {name: value * scale for name, value in measured.items()}}  # fmt: skip
 
 
 def _kid(real: Statistics, synth: Statistics, seed: int) -> dict[str, Any] | None:
@@ -641,8 +658,8 @@ def _organs(real: Statistics, synth: Statistics, notes: list[str]) -> dict[str, 
     frechet = None
     if common and min(len(each) for each in rows) >= 5:
         centre, spread = rows[0].mean(axis=0), np.maximum(rows[0].std(axis=0, ddof=1), 1e-3)
-        one, other = (Moments.of((each - centre) / spread) for each in rows)
-        frechet = distances.frechet(one, other) / (2 * len(common))
+        scaled = [Moments.of((each - centre) / spread) for each in rows]
+        frechet = distances.frechet(*scaled) / (2 * len(common))
     return {"frechet": frechet, "frechet_of": {"organs": len(common), "real": len(rows[0]), "synth": len(rows[1])}, "per_organ": per}
 
 
@@ -658,7 +675,9 @@ def _warnings(real: Statistics, synth: Statistics, kind: str) -> tuple[str, ...]
         slices = int(min(each.planes[plane].moments.n for plane in PLANES))
         effective = min(each.planes[plane].effective for plane in PLANES)
         if each.volumes < FEW_VOLUMES:
-            found.append(f"{side} has {each.volumes} volumes: below {FEW_VOLUMES} an FID is mostly its own bias; read it against the baseline")
+            found.append(
+                f"{side} has {each.volumes} volumes: below {FEW_VOLUMES} an FID is mostly its own bias; read it against the baseline"
+            )
         if slices < FEW_SLICES:
             found.append(f"{side} has {slices} slices of a plane: below {FEW_SLICES} an FID is not comparable to published ones")
         if effective < dimensions:

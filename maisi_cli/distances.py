@@ -41,7 +41,9 @@ class Moments:
             return self
         apart = other.mean - self.mean
         return Moments(
-            n=n, mean=self.mean + apart * (other.n / n), scatter=self.scatter + other.scatter + np.outer(apart, apart) * (self.n * other.n / n)
+            n=n,
+            mean=self.mean + apart * (other.n / n),
+            scatter=self.scatter + other.scatter + np.outer(apart, apart) * (self.n * other.n / n),
         )
 
     @property
@@ -136,13 +138,13 @@ def kid(
     as pairs of a row with itself are where no groups are given. It may be negative. Raises `ValueError` for a set with
     fewer than two groups.
     """
-    one, other = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    a_rows, b_rows = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     first, n = _numbered(groups, len(one))
     second, m = _numbered(other_groups, len(other))
     if min(len(n), len(m)) < 2:
         raise ValueError("a kernel distance needs two groups on either side")
-    within, opposite = _sums(one, one, first, first, len(n), len(n)), _sums(other, other, second, second, len(m), len(m))
-    across = _sums(one, other, first, second, len(n), len(m))
+    within, opposite = _sums(a_rows, a_rows, first, first, len(n), len(n)), _sums(b_rows, b_rows, second, second, len(m), len(m))
+    across = _sums(a_rows, b_rows, first, second, len(n), len(m))
 
     def alone(sums: Array, sizes: Array) -> tuple[float, Array]:
         """Return the mean over pairs of different groups, and the same without each group."""
@@ -259,7 +261,7 @@ def weighted(parts: Iterable[Moments], weights: NDArray[np.float64]) -> list[Mom
             squares = np.zeros((len(weights), len(origin), len(origin)))
         apart = part.mean - origin
         square = part.scatter + part.n * np.outer(apart, apart)
-        for row in np.flatnonzero(weights[:, column]):
+        for row in np.flatnonzero(weights[:, column]).tolist():
             n[row] += weights[row, column] * part.n
             total[row] += weights[row, column] * part.n * apart
             squares[row] += weights[row, column] * square

@@ -82,9 +82,12 @@ def radimagenet_resnet50(file: Path | None = None) -> Extractor:
 
 
 def imagenet_squeezenet(file: Path | None = None) -> Extractor:
-    """Return SqueezeNet 1.1 trained on photographs; its features are class scores."""
+    """Return SqueezeNet 1.1 trained on photographs; its features are class scores. Another file is refused by its hash."""
     found = _catalogued("imagenet-squeezenet1_1", file, channels=3, note="class scores of a network trained on photographs",
                         profiles={"ct": "reference", "mr": "reference-mr"})  # fmt: skip
+    if not found.sha256.startswith("b8a52dc0"):
+        raise UsageError(f"{file or 'what is installed'} is not the published squeezenet1_1-b8a52dc0.pth: its hash is {found.sha256[:8]}",
+                         hint="fetch it again; see  maisi models show imagenet-squeezenet1_1")  # fmt: skip
     return found
 
 

@@ -114,7 +114,9 @@ def _resampled(array: Array, old: Triple, new: Triple) -> Array:
     from monai.data.meta_tensor import MetaTensor
     from monai.transforms.spatial.array import Spacing as Resample
 
-    grid = MetaTensor(torch.from_numpy(np.ascontiguousarray(array))[None], affine=torch.diag(torch.tensor([*old, 1.0], dtype=torch.float64)))
+    grid = MetaTensor(
+        torch.from_numpy(np.ascontiguousarray(array))[None], affine=torch.diag(torch.tensor([*old, 1.0], dtype=torch.float64))
+    )
     out = Resample(pixdim=new, mode="bilinear")(grid)
     return np.asarray(torch.as_tensor(out[0]), dtype=np.float32)
 
@@ -140,29 +142,28 @@ class Stack:
     profile: Profile
 
     @property
-    def chosen(self) -> NDArray[np.int64]:
-        """The indices of the slices that are used, along the axis that the plane is normal to."""
-        n = self.array.shape[_AXIS[self.plane]]
-        share = self.profile.center_slices
+    def slices(self) -> Array:
+        """The slices that are used, (n, H, W), a view of the array."""
+        along = np.moveaxis(self.array, _AXIS[self.plane], 0)
+        n, share = len(along), self.profile.center_slices
         first, last = (0, n) if share is None else (int((1 - share) / 2 * n), int((1 + share) / 2 * n))
-        return np.arange(first, last, self.profile.every)
+        return along[first : last : self.profile.every]
 
     def batches(self, size: int) -> Iterator[Array]:
         """Yield the slices, scaled, as (n, channels, H, W) float32 with n at most `size`.
 
         H and W are X and Y for `xy`, Y and Z for `yz`, X and Z for `zx`.
         """
-        stack = np.moveaxis(self.array, _AXIS[self.plane], 0)
-        chosen, profile = self.chosen, self.profile
-        if not len(chosen):
+        stack, profile = self.slices, self.profile
+        if not len(stack):
             return
         if profile.scaling == "stack" or profile.clip is None:
-            low, high = float(stack[chosen].min()), float(stack[chosen].max())
+            low, high = float(stack.min()), float(stack.max())
         else:
             low, high = profile.clip
         shift = np.asarray(profile.subtract, dtype=np.float32)[:, None, None]
-        for start in range(0, len(chosen), size):
-            part = stack[chosen[start : start + size]].astype(np.float32)
+        for start in range(0, len(stack), size):
+            part = stack[start : start + size].astype(np.float32)
             if profile.drop_below is not None:
                 part = part[part.max(axis=(1, 2)) >= profile.drop_below]
             part = (part - np.float32(low)) / np.float32(high - low + _EPSILON)

@@ -72,7 +72,11 @@ def test_more_features_than_rows_need_no_regularisation() -> None:
     assert frechet(Moments.of(a), Moments.of(a)) == pytest.approx(0, abs=1e-9 * np.trace(np.cov(a, rowvar=False)))
     # both spaces have nine dimensions; apart they would give the sum of the traces, and never less than the means do
     found = frechet(Moments.of(a), Moments.of(b))
-    assert ((a.mean(0) - b.mean(0)) ** 2).sum() < found < ((a.mean(0) - b.mean(0)) ** 2).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    assert (
+        ((a.mean(0) - b.mean(0)) ** 2).sum()
+        < found
+        < ((a.mean(0) - b.mean(0)) ** 2).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    )
 
 
 @usual
