@@ -372,7 +372,7 @@ def load_statistics(path: Path) -> Statistics:
     try:
         arrays = _load(path)
         about = json.loads(arrays["about"].tobytes())
-        if about["schema"] != STATISTICS_SCHEMA:
+        if about["schema"] != STATISTICS_SCHEMA or not {"name", "sha256"} <= set(about["features"]):
             raise ValueError("another schema")
         fields = {key: _tuple(value) for key, value in about["profile"].items() if key != "sha256"}
         planes = {plane: PlaneStatistics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ def check_channels(extractor: Extractor, profile: Profile) -> None:
                          hint=f"use --profile {usual}, or another --features")  # fmt: skip
 
 
+def _exact() -> AbstractContextManager[None]:
+    """Keep a GPU from rounding to TF32 and from choosing its algorithms anew, so that it gives the numbers of a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
 def features_of(
     volume: Volume, extractor: Extractor, profile: Profile, *, device: torch.device | None = None, batch: int | None = None
 ) -> dict[str, NDArray[np.float32]]:
@@ -130,7 +136,7 @@ def features_of(
         across = stack.array.size // stack.array.shape[("yz", "zx", "xy").index(plane)]
         size = batch or max(1, min(_BATCH, _PIXELS // across))
         rows = []
-        with torch.inference_mode():
+        with torch.inference_mode(), _exact():
             for slices in stack.batches(size):
                 part = torch.from_numpy(slices).to(device)
                 rows.append(extractor.network(part.expand(-1, extractor.channels, -1, -1)).float().cpu().numpy())

@@ -149,13 +149,15 @@ def print_model(spec: ModelSpec) -> None:
         ("installed", yes(about["installed"])),
         ("licence", f"{licence}  {spec.licence.url}"),
         ("modes", words(spec.modes)),
-        ("modalities", words(spec.modalities)),
-        *_limit_facts(spec.limits),
-        ("scheduler", f"{spec.scheduler.get('name', 'rflow')}{f'; {defaults}' if defaults else ''}"),
+        *([("modalities", words(spec.modalities))] if spec.modalities else ()),
+        *(() if spec.extracts else _limit_facts(spec.limits)),
+        *(() if spec.extracts else [("scheduler", f"{spec.scheduler.get('name', 'rflow')}{f'; {defaults}' if defaults else ''}")]),
         ("networks", networks),
     ])  # fmt: skip
     output.data("")
-    cells = [[row["part"], number(row["mib"]), yes(row["installed"]), row["repo"], row["file"]] for row in about["weights"]]
+    cells = [
+        [row["part"], number(row["mib"]), yes(row["installed"]), row["source"] or row["repo"], row["file"]] for row in about["weights"]
+    ]
     output.table(["part", "MiB", "installed", "from", "file"], cells, right=("MiB",))
 
 
