@@ -25,7 +25,7 @@ from . import distances
 from .catalog import modality as find_modality
 from .distances import Moments
 from .errors import CannotRun, UsageError, unknown
-from .events import OnEvent, Saved, Stage, Step, ignore
+from .events import Note, OnEvent, Saved, Stage, Step, ignore
 from .features import OURS, Extractor, check_channels, features_of, open_extractor
 from .files import refuse_overwriting, write_atomic
 from .geometry import format_triple
@@ -40,7 +40,7 @@ METRICS = ("fid", "kid", "prdc", "organs")
 CACHE_SCHEMA, STATISTICS_SCHEMA, SCHEMA = "maisi.fid-cache/1", "maisi.fid-statistics/1", "maisi.fid/1"
 BODY = 200
 FEW_VOLUMES, FEW_SLICES = 50, 2048
-_SPLITS, _KID_ROWS, _BUDGET = 10, 2000, 2**29
+_SPLITS, _KID_ROWS, _BUDGET, _MANY_FEATURES = 10, 2000, 2**29, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +90,11 @@ class Statistics:
     def volumes(self) -> int:
         """The number of volumes."""
         return len(self.names)
+
+    @property
+    def dimensions(self) -> int:
+        """The number of features of a slice."""
+        return len(self.planes["xy"].moments.mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,8 +333,7 @@ def _parts(stored: Sequence[Path], plane: str) -> Iterator[Moments]:
 
 def _resampled(found: Statistics, weights: NDArray[np.float64], plane: str) -> Iterator[Moments]:
     """Yield the moments of a set with its volumes weighted, a row of weights after the other, within a bound of memory."""
-    dimensions = len(found.planes[plane].moments.mean)
-    at_once = max(1, _BUDGET // (8 * dimensions**2))
+    at_once = max(1, _BUDGET // (8 * found.dimensions**2))
     for start in range(0, len(weights), at_once):
         yield from distances.weighted(_parts(found.stored, plane), weights[start : start + at_once])
 
@@ -410,23 +414,16 @@ def compare(
     and only the first returns the comparison; the others return None, as does a call without `synth`. Raises `UsageError`
     for sets, statistics and caches that do not belong together.
     """
-    for metric in metrics:
-        if metric not in METRICS:
-            raise unknown("metric", metric, METRICS, see="maisi fid --help")
-    if baseline not in ("split", "none"):
-        raise unknown("baseline", baseline, ("split", "none"), see="maisi fid --help")
     sources = [Path(real)] + ([] if synth is None else [Path(synth)])
+    _check_wishes(metrics, baseline, num_images=num_images, bootstrap=bootstrap, batch=batch)
     if synth is None and save_to is None:
         raise UsageError("there is nothing to compare with", hint="give a second set, or --save FILE to keep the statistics of the first")
-    for what, number, least in (("images", num_images, 1), ("resamples", bootstrap, 0), ("slices at once", batch, 1)):
-        if number is not None and number < least:
-            raise UsageError(f"{number} {what} are too few", hint=f"use {least} or more")
     if save_to is not None:
         refuse_overwriting(Path(save_to), force=force)
     kind = find_modality(modality).kind
     saved = [load_statistics(source) if source.suffix == ".npz" and source.is_file() else None for source in sources]
-    using = features if isinstance(features, Extractor) else None
     known = next((each for each in saved if each is not None), None)
+    using = features if isinstance(features, Extractor) else None
     if using is None and (None in saved or features is not None):
         using = open_extractor(str(features or (known.extractor["name"] if known else OURS)))
     wanted = _profile(using, profile, changes, kind, known)
@@ -434,35 +431,41 @@ def compare(
         if each is not None:
             same_profile(wanted, each.profile.as_dict(), each.source)
             same_extractor(using.as_dict() if using else saved[0].extractor, each.extractor, each.source)  # type: ignore[union-attr]
+            if num_images is not None and num_images < each.volumes:
+                raise UsageError(f"{each.source} is of {each.volumes} volumes, of which --num-images cannot draw",
+                                 hint="leave it out, or give the volumes themselves")  # fmt: skip
     listed = [cases(source) if each is None else [] for source, each in zip(sources, saved, strict=True)]
+    if using is not None:
+        check_channels(using, wanted)
     with team() as crew, contextlib.ExitStack() as stack:
         listen = on_event if not crew.rank else ignore
-        sets: list[Statistics | None] = []
-        if using is not None:
-            check_channels(using, wanted)
+        sets = list(saved)
+        if using is not None and any(listed):
             folder = Path(cache) if cache is not None else Path(crew.share(stack.enter_context(_scratch(crew))))
             store = Cache(folder=folder, extractor=using, profile=wanted)
             if not crew.rank:
                 store.check()
-            crew.gather(None)
+            crew.gather(None)  # the cache is whose it should be before any process writes to it
             where = crew.device(device_named, device)
             using.to(where)
-            for source, side, each, found in zip(sources, ("real", "synth"), saved, listed, strict=False):
+            for k, found in enumerate(listed):
+                if not found:
+                    continue
+                side = ("real", "synth")[k]
+                if num_images is not None and len(found) < num_images:
+                    listen(Note(text=f"{side} has {len(found)} volumes, fewer than the {num_images} asked for", level="warning"))
                 taken = chosen(found, num_images, wanted.order, seed)
-                sets.append(each or _collect(source, taken, store, crew, side=side, modality=modality, labels="organs" in metrics,
-                                             device=where, batch=batch, on_event=listen))  # fmt: skip
-        else:
-            sets = list(saved)
+                sets[k] = _collect(sources[k], taken, store, crew, side=side, modality=modality, labels="organs" in metrics,
+                                   device=where, batch=batch, on_event=listen)  # fmt: skip
         if crew.rank:
             return None
         first = sets[0]
         assert first is not None
         if baseline == "split" and first.stored:
             listen(Stage(name="baseline", detail="halves of real against each other"))
-            first = _with_baseline(first, _halves(first, _SPLITS if len(first.planes["xy"].moments.mean) <= 512 else 3, seed))
+            first = replace(first, baseline=_halves(first, _SPLITS if first.dimensions <= _MANY_FEATURES else 3, seed))
         if save_to is not None:
-            path = save(first, Path(save_to), force=force)
-            listen(Saved(path=path, kind="statistics"))
+            listen(Saved(path=save(first, Path(save_to), force=force), kind="statistics"))
         if synth is None:
             return None
         second = sets[1]
@@ -470,6 +473,17 @@ def compare(
         return _compared(
             first, second, metrics=metrics, bootstrap=bootstrap, seed=seed, kind=kind, baseline=baseline == "split", on_event=listen
         )
+
+
+def _check_wishes(metrics: Sequence[str], baseline: str, *, num_images: int | None, bootstrap: int | None, batch: int | None) -> None:
+    for metric in metrics:
+        if metric not in METRICS:
+            raise unknown("metric", metric, METRICS, see="maisi fid --help")
+    if baseline not in ("split", "none"):
+        raise unknown("baseline", baseline, ("split", "none"), see="maisi fid --help")
+    for what, number, least in (("images", num_images, 1), ("resamples", bootstrap, 0), ("slices at once", batch, 1)):
+        if number is not None and number < least:
+            raise UsageError(f"{number} {what} are too few", hint=f"use {least} or more")
 
 
 @contextlib.contextmanager
@@ -498,17 +512,13 @@ def _profile(
     return found.changed(**changes) if changes else found
 
 
-def _with_baseline(found: Statistics, baseline: NDArray[np.float64]) -> Statistics:
-    return replace(found, baseline=baseline)
-
-
 def _compared(
     real: Statistics, synth: Statistics, *, metrics: Sequence[str], bootstrap: int | None, seed: int, kind: str, baseline: bool,
     on_event: OnEvent,
 ) -> Comparison:  # fmt: skip
     notes: list[str] = []
     fid = _averaged({plane: distances.frechet(real.planes[plane].moments, synth.planes[plane].moments) for plane in PLANES})
-    times = bootstrap if bootstrap is not None else 100 if len(real.planes["xy"].moments.mean) <= 512 else 20
+    times = bootstrap if bootstrap is not None else 100 if real.dimensions <= _MANY_FEATURES else 20
     fixed = [side for side, each in (("real", real), ("synth", synth)) if not each.stored or each.volumes < 2]
     interval = None
     if len(fixed) == 2:
@@ -665,7 +675,7 @@ def _organs(real: Statistics, synth: Statistics, notes: list[str]) -> dict[str, 
 
 def _warnings(real: Statistics, synth: Statistics, kind: str) -> tuple[str, ...]:
     found: list[str] = []
-    dimensions = len(real.planes["xy"].moments.mean)
+    dimensions = real.dimensions
     note = str(real.extractor.get("note", ""))
     if note:
         found.append(f"{real.extractor['name']}: {note}")

@@ -256,8 +256,19 @@ def test_saved_statistics_stand_for_the_set(maisi: Callable[[str], Done], tmp_pa
     assert "12 files are the same in both sets" in both["warnings"]
     refused = maisi("fid real.npz synth --spacing 4x4x4")
     assert (refused.code, "spacing_mm" in refused.err) == (2, True)
+    refused = maisi("fid real.npz synth --num-images 5")
+    assert (refused.code, "of which --num-images cannot draw" in refused.err) == (2, True)
     refused = maisi("fid real --save real.npz")
     assert (refused.code, "already exists" in refused.err) == (2, True)
+
+
+def test_mr_has_a_profile_of_its_own_and_fewer_volumes_than_asked_for_are_said(maisi: Callable[[str], Done]) -> None:
+    done = maisi("fid real synth --modality mr-t1 --num-images 40 --metrics fid --bootstrap 0 --baseline none --spacing 9x9x9 --json")
+    found = done.json
+    assert (found["profile"]["name"], found["profile"]["clip"]) == ("mr (changed)", None)
+    assert any("trained on CT" in warning for warning in found["warnings"])
+    assert [found[each] for each in ("ci95", "baseline", "kid", "prdc", "organs")] == [None] * 5
+    assert "warning: synth has 12 volumes, fewer than the 40 asked for" in done.err
 
 
 def test_damaged_statistics_are_refused(maisi: Callable[[str], Done], tmp_path: Path) -> None:
