@@ -34,7 +34,8 @@ from torch import nn
 from .shell import Done
 
 GRID = Geometry(size=(40, 32, 24), spacing=(9.0, 9.0, 9.0))
-QUICK = ["--spacing", "8x8x8", "--bootstrap", "20"]
+QUICK = "--spacing 8x8x8 --bootstrap 20"
+SHARED = f"{QUICK} --cache features"  # which all tests but those of caches share
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def maisi(sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """Run a command line where `real`, `synth` and `blurred` lie."""
     monkeypatch.setenv("MAISI_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    for name in ("real", "synth", "blurred"):
+    (sets / "features").mkdir(exist_ok=True)
+    for name in ("real", "synth", "blurred", "features"):
         (tmp_path / name).symlink_to(sets / name)
 
     def run(line: str) -> Done:
@@ -146,7 +148,7 @@ def test_padding_and_files_give_the_distance_of_the_padded_arrays(shared: Callab
 
 
 def test_the_json_has_everything_that_a_reviewer_asks_for(maisi: Callable[[str], Done]) -> None:
-    done = maisi(f"fid real synth --json {' '.join(QUICK)}")
+    done = maisi(f"fid real synth --json {SHARED}")
     assert done.code == 0, done.err
     found = done.json
     assert found["schema"] == "maisi.fid/1"
@@ -175,7 +177,7 @@ def test_the_json_has_everything_that_a_reviewer_asks_for(maisi: Callable[[str],
 
 
 def test_blurred_volumes_lie_outside_of_the_baseline_and_fail_a_limit(maisi: Callable[[str], Done]) -> None:
-    line = f"fid real blurred --cache kept --metrics kid {' '.join(QUICK)}"
+    line = f"fid real blurred --metrics kid {SHARED}"
     done = maisi(f"{line} --json")
     found = done.json
     assert found["ci95"]["average"][0] > found["baseline"]["at_these_sizes"]["average"]
@@ -190,13 +192,13 @@ def test_blurred_volumes_lie_outside_of_the_baseline_and_fail_a_limit(maisi: Cal
 
 
 def test_a_table_shows_the_numbers_with_names_of_extractor_and_profile(maisi: Callable[[str], Done]) -> None:
-    done = maisi(f"fid real synth {' '.join(QUICK)}")
+    done = maisi(f"fid real synth {SHARED}")
     assert done.code == 0
     for words in ("FID", "95 % interval", "real against real", "halves of 6", "KID", "maisi-slices, 128 a slice, sha256",
                   "ct (changed), sha256", "12 volumes,", "which count as"):  # fmt: skip
         assert words in done.out
     assert "warning: maisi-slices: not comparable to published FIDs" in done.err
-    quiet = maisi(f"fid real synth -q {' '.join(QUICK)}")
+    quiet = maisi(f"fid real synth -q {SHARED}")
     assert quiet.err == ""
     assert "maisi-slices" in quiet.out
 
@@ -207,7 +209,7 @@ def test_a_table_shows_the_numbers_with_names_of_extractor_and_profile(maisi: Ca
 def test_cached_features_are_not_computed_again_and_give_the_same_numbers(
     maisi: Callable[[str], Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = f"fid real synth --cache kept --json {' '.join(QUICK)}"
+    line = f"fid real synth --cache kept --json {QUICK}"
     first = maisi(line).json
     assert len(list((tmp_path / "kept").glob("*.npz"))) == 24
     monkeypatch.setattr("maisi_cli.comparison.features_of", None)  # would fail if it were called
@@ -219,7 +221,7 @@ def test_cached_features_are_not_computed_again_and_give_the_same_numbers(
 
 
 def test_a_cache_of_another_profile_or_extractor_is_refused_naming_both(maisi: Callable[[str], Done], tmp_path: Path) -> None:
-    assert maisi(f"fid real synth --cache kept {' '.join(QUICK)}").code == 0
+    assert maisi(f"fid real synth --cache kept {QUICK}").code == 0
     before = sorted(path.name for path in (tmp_path / "kept").iterdir())
     done = maisi("fid real synth --cache kept --spacing 4x4x4")
     assert done.code == 2
@@ -230,7 +232,7 @@ def test_a_cache_of_another_profile_or_extractor_is_refused_naming_both(maisi: C
     from maisi_cli.weights import save_state
 
     save_state(tmp_path / "anew.safetensors", SliceNet().state_dict(), metadata={})
-    done = maisi(f"fid real synth --cache kept --features maisi-slices=anew.safetensors {' '.join(QUICK)}")
+    done = maisi(f"fid real synth --cache kept --features maisi-slices=anew.safetensors {QUICK}")
     assert done.code == 2
     assert "was made with features maisi-slices (" in done.err
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == before
@@ -241,11 +243,11 @@ def test_a_cache_of_another_profile_or_extractor_is_refused_naming_both(maisi: C
 
 
 def test_saved_statistics_stand_for_the_set(maisi: Callable[[str], Done], tmp_path: Path) -> None:
-    whole = maisi(f"fid real synth --json {' '.join(QUICK)}").json
-    done = maisi("fid real --save real.npz --spacing 8x8x8")
+    whole = maisi(f"fid real synth --json {SHARED}").json
+    done = maisi("fid real --save real.npz --spacing 8x8x8 --cache features")
     assert (done.code, done.paths) == (0, [Path("real.npz")])
     assert (tmp_path / "real.npz").stat().st_size < 2**21
-    found = maisi("fid real.npz synth --json --bootstrap 20").json
+    found = maisi("fid real.npz synth --json --bootstrap 20 --cache features").json
     assert found["fid"] == pytest.approx(whole["fid"], rel=1e-12)
     for same in ("baseline", "prdc", "organs", "n_slices", "effective_n", "features", "profile", "warnings"):
         assert found[same] == whole[same], same
@@ -369,7 +371,7 @@ def test_each_process_computes_its_share_and_only_the_first_compares(sets: Path,
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(maisi: Callable[[str], Done], tmp_path: Path) -> None:
-    line = f"fid real synth --num-images 5 --metrics fid,kid,prdc --json {' '.join(QUICK)}"
+    line = f"fid real synth --num-images 5 --metrics fid,kid,prdc --json {QUICK}"
     alone = maisi(line).json
     import socket
 
