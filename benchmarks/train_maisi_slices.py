@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
+    if options.people < 8:
+        parser.error("one in eight phantoms is held out: use --people 8 or more")
     started = time.process_time()
     images, labels, planes = slices(options.seed, options.people)
     area = shares(labels)

@@ -535,11 +535,13 @@ def _compared(
     if "kid" in metrics and real.stored and synth.stored:
         kid = _kid(real, synth, seed)
     if "kid" in metrics and kid is None:
-        notes.append("there is no kernel distance: it needs the slices of two volumes on either side, and saved statistics hold none")
+        notes.append("there is no kernel distance: it needs the slices of three volumes on either side, and saved statistics hold none")
     if "prdc" in metrics and min(real.volumes, synth.volumes) > 1:
         found = distances.prdc(_described(real), _described(synth))
         prdc = {"precision": found.precision, "recall": found.recall, "density": found.density, "coverage": found.coverage, "k": found.k,
                 "of": "volumes"}  # fmt: skip
+    if "prdc" in metrics and prdc is None:
+        notes.append("there is no precision or recall: they need two volumes on either side")
     if "organs" in metrics:
         organs = _organs(real, synth, notes)
     sides = {"real": real, "synth": synth}
@@ -602,7 +604,7 @@ def _kid(real: Statistics, synth: Statistics, seed: int) -> dict[str, Any] | Non
     drawn = [_rows(each, seed + k) for k, each in enumerate((real, synth))]
     for plane in PLANES:
         (one, groups), (other, other_groups) = (each[plane] for each in drawn)
-        if min(len(np.unique(groups)), len(np.unique(other_groups))) < 2:
+        if min(len(np.unique(groups)), len(np.unique(other_groups))) < 3:
             return None
         each = distances.kid(one, other, groups=groups, other_groups=other_groups)
         found[plane] = {"value": each.value, "error": each.error}

@@ -136,21 +136,20 @@ def kid(
 
     Unbiased for independent groups: `groups` names the volume of each row, and pairs of rows of one volume are left out,
     as pairs of a row with itself are where no groups are given. It may be negative. Raises `ValueError` for a set with
-    fewer than two groups.
+    fewer than three groups.
     """
     a_rows, b_rows = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     first, n = _numbered(groups, len(one))
     second, m = _numbered(other_groups, len(other))
-    if min(len(n), len(m)) < 2:
-        raise ValueError("a kernel distance needs two groups on either side")
+    if min(len(n), len(m)) < 3:
+        raise ValueError("a kernel distance with its error needs three groups on either side")
     within, opposite = _sums(a_rows, a_rows, first, first, len(n), len(n)), _sums(b_rows, b_rows, second, second, len(m), len(m))
     across = _sums(a_rows, b_rows, first, second, len(n), len(m))
 
     def alone(sums: Array, sizes: Array) -> tuple[float, Array]:
         """Return the mean over pairs of different groups, and the same without each group."""
         apart, pairs = sums - np.diag(np.diag(sums)), np.outer(sizes, sizes) - np.diag(sizes**2)
-        with np.errstate(invalid="ignore"):  # of two groups, one alone has no pairs
-            without = (apart.sum() - 2 * apart.sum(axis=1)) / (pairs.sum() - 2 * pairs.sum(axis=1))
+        without = (apart.sum() - 2 * apart.sum(axis=1)) / (pairs.sum() - 2 * pairs.sum(axis=1))
         return float(apart.sum() / pairs.sum()), without
 
     (a, a_without), (b, b_without) = alone(within, n), alone(opposite, m)

@@ -264,6 +264,19 @@ def test_saved_statistics_stand_for_the_set(maisi: Callable[[str], Done], tmp_pa
     assert (refused.code, "already exists" in refused.err) == (2, True)
 
 
+@pytest.mark.parametrize("volumes", [1, 2, 4])
+def test_very_few_volumes_give_what_can_be_had_and_notes_for_the_rest(maisi: Callable[[str], Done], volumes: int) -> None:
+    done = maisi(f"fid real synth --num-images {volumes} --json {SHARED}")
+    assert done.code == 0, done.err
+    found = done.json  # JSON has no NaN
+    assert {key: found[key] is not None for key in ("ci95", "baseline", "kid", "prdc", "organs")} == {
+        "ci95": volumes > 1, "baseline": volumes > 3, "kid": volumes > 2, "prdc": volumes > 1, "organs": False,
+    }  # fmt: skip
+    notes = " ".join(found["notes"])
+    words = ("no interval", "no precision or recall", "no baseline", "no kernel distance", "no distance of organs")
+    assert [each in notes for each in words] == [volumes < 2, volumes < 2, volumes < 4, volumes < 3, True]
+
+
 def test_mr_has_a_profile_of_its_own_and_fewer_volumes_than_asked_for_are_said(maisi: Callable[[str], Done]) -> None:
     done = maisi("fid real synth --modality mr-t1 --num-images 40 --metrics fid --bootstrap 0 --baseline none --spacing 9x9x9 --json")
     found = done.json
