@@ -18,6 +18,7 @@ _PUBLIC = {
     "Mask": "maisi_cli.volumes:Mask",
     "Sample": "maisi_cli.volumes:Sample",
     "Volume": "maisi_cli.volumes:Volume",
+    "fid": "maisi_cli.comparison:compare",
     "generate": "maisi_cli.synthesis:generate",
     "hookimpl": "maisi_cli.hookspecs:hookimpl",
     "plan": "maisi_cli.planning:plan",

@@ -17,8 +17,8 @@ from .errors import UsageError, nearest, unknown
 from .geometry import Geometry, Size, format_triple
 from .registry import Entry
 
-KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet")
-PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet")
+KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet", "slice_net", "resnet50", "squeezenet1_1")
+PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet", "features")
 MODES = ("paired", "image", "mask")
 SCHEDULER_KEYS = ("name", "num_train_timesteps", "base_voxels", "beta_start", "beta_end", "schedule", "clip_sample", "latent_size")
 SCHEDULER_VALUES = {
@@ -54,7 +54,11 @@ class NetworkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """One file of a model. `part` is a network or `data`; pins are None where the publisher's are not known."""
+    """One file of a model. `part` is a network or `data`; pins are None where the publisher's are not known.
+
+    `source` says where a file is published that no hub has: it is fetched by hand and installed with `pull --from`; `repo`
+    then only says where it lies.
+    """
 
     part: str
     path: str
@@ -64,6 +68,7 @@ class WeightFile:
     sha256: str | None = None
     git_sha1: str | None = None
     mib: float | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +130,11 @@ class ModelSpec:
     lesions: bool = True
 
     @property
+    def extracts(self) -> bool:
+        """Whether it makes features of images (`maisi fid`) and no images."""
+        return "features" in self.networks
+
+    @property
     def latent_channels(self) -> int:
         """The channels of the VAE's latent, which are those that the diffusion model denoises."""
         return int(self.networks["vae"].arguments["latent_channels"])
@@ -147,7 +157,7 @@ class ModelSpec:
 
     def parts_for(self, mode: str) -> tuple[str, ...]:
         """Return the networks that a mode of `generate` loads when the mask needs none."""
-        return {"image": ("vae", "unet"), "paired": ("vae", "unet", "controlnet"), "mask": ()}[mode]
+        return {"image": ("vae", "unet"), "paired": ("vae", "unet", "controlnet"), "mask": (), "features": ("features",)}[mode]
 
     def installed(self, mode: str = "paired") -> bool:
         """Say whether the weights that a mode needs are on this machine."""
@@ -273,6 +283,7 @@ class ModelSpec:
         """Refuse a mode that the model has no networks for."""
         if mode not in MODES:
             raise unknown("mode", mode, MODES, see="maisi generate --help")
+        self._check_generates()
         if mode not in self.modes:
             why = (
                 "it has no ControlNet, and no weights that pair MR images with masks were released"
@@ -281,8 +292,13 @@ class ModelSpec:
             )
             raise UsageError(f"model {self.name} makes {' and '.join(self.modes)} only: {why}", hint=f"use --mode {self.modes[0]}")
 
+    def _check_generates(self) -> None:
+        if self.extracts:
+            raise UsageError(f"{self.name} makes features of images, and no images", hint=f"use  maisi fid --features {self.name}")
+
     def check_modality(self, name: str) -> None:
         """Refuse a modality that the weights never saw, naming a model that knows it."""
+        self._check_generates()
         wanted = modality(name).name
         if wanted not in self.modalities:
             others = [spec.name for spec in models() if wanted in spec.modalities]
@@ -350,7 +366,16 @@ def _fold(name: str) -> str:
 
 @cache
 def models() -> tuple[ModelSpec, ...]:
-    """Return every model that is registered, by name."""
+    """Return every model that is registered and makes images or masks, by name."""
+    return tuple(spec for spec in _all() if not spec.extracts)
+
+
+def extractors() -> tuple[ModelSpec, ...]:
+    """Return every registered model that makes features of images, by name."""
+    return tuple(spec for spec in _all() if spec.extracts)
+
+
+def _all() -> tuple[ModelSpec, ...]:
     from .plugins import plugins
 
     return tuple(_registered(entry) for entry in plugins().registry("models"))
@@ -358,7 +383,7 @@ def models() -> tuple[ModelSpec, ...]:
 
 def pull_command(spec: ModelSpec) -> str:
     """Return the command that installs a model: by its name when it is registered, else by its file."""
-    registered = any(spec.path == other.path for other in models())
+    registered = any(spec.path == other.path for other in _all())
     return f"maisi models pull {spec.name if registered else spec.path}"
 
 
@@ -400,7 +425,7 @@ def read_model(path: Path) -> ModelSpec:
         if kind not in KINDS:
             raise UsageError(f"{path}: networks.{part}.kind is {kind!r}", hint=f"use {', '.join(KINDS)}")
         networks[part] = NetworkSpec(name=part, kind=kind, arguments=table)
-    for needed in ("vae", "unet"):
+    for needed in () if "features" in networks else ("vae", "unet"):
         if needed not in networks:
             raise UsageError(f"{path} has no [networks.{needed}]", hint="a model needs a vae and a unet")
     weights = tuple(_fields(WeightFile, row, path, "weights") for row in data.pop("weights", ()))
@@ -421,7 +446,7 @@ def read_model(path: Path) -> ModelSpec:
     main = data.get("modality", "ct")
     has_control = "controlnet" in networks
     data.setdefault("modalities", [main])
-    data.setdefault("modes", ["paired", "image"] if has_control else ["image"])
+    data.setdefault("modes", ["features"] if "features" in networks else ["paired", "image"] if has_control else ["image"])
     data.setdefault("scheduler", {"name": "rflow"})
     data.setdefault("mask_scheduler", {})
     for where in ("scheduler", "mask_scheduler"):

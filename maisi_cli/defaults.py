@@ -53,6 +53,15 @@ def register_checks(register: Register) -> None:
 
 
 @hookimpl
+def register_features(register: Register) -> None:
+    """Register the feature extractors of `fid`; their weights are models of the catalogue."""
+    room = "maisi_cli.features"
+    register("maisi-slices", f"{room}:maisi_slices", summary="comes with maisi; not comparable to published FIDs")
+    register("radimagenet-resnet50", f"{room}:radimagenet_resnet50", summary="the 2.5D FID of the MAISI papers")
+    register("imagenet-squeezenet1_1", f"{room}:imagenet_squeezenet", summary="the second extractor of the reference")
+
+
+@hookimpl
 def register_samplers(register: Register) -> None:
     """Register the samplers of the released models."""
     register("rflow", "maisi_cli.sampling:euler", summary="rectified flow, Euler steps (rflow models)")

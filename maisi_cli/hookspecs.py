@@ -87,6 +87,16 @@ def register_checks(register: Register) -> None:
 
 
 @hookspec
+def register_features(register: Register) -> None:
+    """Add feature extractors for `maisi fid`: `register("medicalnet", "my_package:medicalnet", summary=...)`.
+
+    The target is a function `open(file=None) -> maisi_cli.features.Extractor`; `file` is what `--features NAME=FILE` names.
+    The extractor tells its name, the hash of its weights, licence, channels, number of features and usual profile, which all
+    stand in the output. It is chosen with `--features NAME`.
+    """
+
+
+@hookspec
 def register_formats(register: Register) -> None:
     """Add output formats: `register("nifti", "maisi_cli.volumes:save_nifti")`, chosen with `--format`.
 

@@ -28,6 +28,9 @@ _CLASSES = {
     "unet_maisi": ("monai.apps.generation.maisi.networks.diffusion_model_unet_maisi", "DiffusionModelUNetMaisi"),
     "controlnet_maisi": ("monai.apps.generation.maisi.networks.controlnet_maisi", "ControlNetMaisi"),
     "unet": ("monai.networks.nets.diffusion_model_unet", "DiffusionModelUNet"),
+    "slice_net": ("maisi_cli.backbones", "SliceNet"),
+    "resnet50": ("maisi_cli.backbones", "ResNet50"),
+    "squeezenet1_1": ("maisi_cli.backbones", "SqueezeNet"),
 }
 
 

@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "labels": ("label", "maisi labels list"),
     "modalities": ("modality", "maisi labels list --modalities"),
     "checks": ("check", "maisi plugins list"),
+    "features": ("feature extractor", "maisi models list --features"),
     "formats": ("format", "maisi plugins list"),
     "presets": ("preset", "maisi presets list"),
     "executors": ("executor", "maisi plugins list"),

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from . import __version__
-from .catalog import HUB_NAME, Licence, ModelSpec, WeightFile, home, models, pull_command
+from .catalog import HUB_NAME, Licence, ModelSpec, WeightFile, extractors, home, models, pull_command
 from .errors import CannotRun, Rejected, UsageError
 from .events import Note, OnEvent, Stage, Step, ignore
 from .files import refuse_overwriting, write_atomic
@@ -363,7 +363,7 @@ def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None, path: Path) 
         data = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
         if data["schema"] != BUNDLE_SCHEMA:
             raise wrong
-        known = {spec.name: spec.licence for spec in models()}  # what the bundle says counts for other models only
+        known = {spec.name: spec.licence for spec in (*models(), *extractors())}  # what the bundle says counts for other models only
         found = [{"name": each["name"], "licence": known.get(each["name"]) or _licence(each["licence"])} for each in data["models"]]
         rows = [{**row, "origin": _origin(row["origin"])} for row in data["files"]]
         whole = all(row["origin"].sha256 == row["sha256"] and row["origin"].bytes == row["bytes"] >= 0 for row in rows)

@@ -163,6 +163,10 @@ def pull(
         return _own(spec, on_event)
     lacking = [weight for weight in wanted if force or not store.present(spec, weight)]
     if lacking:
+        by_hand = next((weight for weight in lacking if weight.source), None)
+        if source is None and by_hand is not None:
+            raise CannotRun(f"{Path(by_hand.path).name} is on no hub that maisi can fetch from; it is published at {by_hand.source}",
+                            hint=f"fetch it there, then  {pull_command(spec)} --accept-license --from FOLDER")  # fmt: skip
         store.check_licence(spec.name, spec.licence, accepted=accept_license, commercial=commercial,
                             where=hub.page(str(wanted[0].repo)), command=pull_command(spec))  # fmt: skip
         if source is None and (offline or hub.offline()):

@@ -109,7 +109,7 @@ def refused(line: str, code: int, says: str, hint: str, capsys: pytest.CaptureFi
 NAMES = [
     ("nonsense", "no such command 'nonsense'", "maisi --help"),
     ("generte", "did you mean 'generate'", "maisi --help"),
-    ("fid real/ synth/", "no such command 'fid'", "maisi --help"),
+    ("fid real/ synth/", "there is no file or folder real", "check the path"),
     ("generate --prset chest", "no such option: --prset", "did you mean --preset"),
     ("generate --tumor brain:15mm", "no tumour of 'brain' can be made", "lung, pancreas, liver, colon or bone"),
     ("generate --anatomy-size liver=0.5", "phantom cannot honour --anatomy-size", "--mask-source diffusion"),

@@ -301,13 +301,13 @@ def test_a_tumour_painted_into_ones_own_mask_is_another_one_for_every_sample(mod
     assert np.array_equal(read_mask(again[0].paths["label"]).array, labels[1])
 
 
-def test_a_sample_whose_last_format_fails_leaves_no_files(model: str, text_format: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_cannot_be_finished_leaves_no_files(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise CannotRun("the disk is full", hint="free some")
 
     monkeypatch.setattr(synthesis, "preview", fails)
     with pytest.raises(CannotRun, match="the disk is full"):
-        make(model, format="nifti,text", preview=True, keep_latent=True)
+        make(model, preview=True, keep_latent=True)
     assert not any(path.is_file() for path in Path("run").rglob("*"))
 
 

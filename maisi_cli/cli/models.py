@@ -26,9 +26,17 @@ Commercial = Annotated[bool, typer.Option("--commercial", help="Refuse weights t
 Again = Annotated[bool, typer.Option("--force", help="Fetch files anew that are there.")]
 
 
-@models_app.command("list", epilog=examples("maisi models list", "maisi models list --json"))
-def models_list(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+@models_app.command("list", epilog=examples("maisi models list", "maisi models list --json", "maisi models list --features"))
+def models_list(
+    features: Annotated[bool, typer.Option("--features", help="List the feature extractors of `maisi fid` instead.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """List the models: installed or not, what they make, up to which size, and their licence."""
+    if features:
+        _list_features(as_json)
+        return
     from ..catalog import models
 
     shown = (
@@ -83,6 +91,26 @@ def models_show(
         print_model(spec)
 
 
+def _list_features(as_json: bool) -> None:
+    """List every extractor that is registered; what is not of the catalogue looks after its own weights."""
+    from ..catalog import extractors
+    from ..plugins import plugins
+
+    specs = {spec.name: spec for spec in extractors()}
+    rows: list[Row] = []
+    for entry in plugins().registry("features"):
+        spec = specs.get(entry.name)
+        licence = dataclasses.asdict(spec.licence) if spec else None
+        rows.append({"name": entry.name, "summary": spec.summary if spec else entry.summary, "owner": entry.owner,
+                     "installed": spec.installed("features") if spec else None, "bundled": bool(spec and spec.bundled), "licence": licence})  # fmt: skip
+    if as_json:
+        output.json_out({"schema": "maisi.features/1", "features": rows})
+        return
+    cells = [[row["name"], "" if row["installed"] is None else yes(row["installed"]), row["licence"]["name"] if row["licence"] else "",
+              row["summary"]] for row in rows]  # fmt: skip
+    output.table(["extractor", "installed", "licence", "what it is"], cells)
+
+
 def facts_of(spec: ModelSpec) -> Row:
     from ..record import plain
 
@@ -121,13 +149,15 @@ def print_model(spec: ModelSpec) -> None:
         ("installed", yes(about["installed"])),
         ("licence", f"{licence}  {spec.licence.url}"),
         ("modes", words(spec.modes)),
-        ("modalities", words(spec.modalities)),
-        *_limit_facts(spec.limits),
-        ("scheduler", f"{spec.scheduler.get('name', 'rflow')}{f'; {defaults}' if defaults else ''}"),
+        *([("modalities", words(spec.modalities))] if spec.modalities else ()),
+        *(() if spec.extracts else _limit_facts(spec.limits)),
+        *(() if spec.extracts else [("scheduler", f"{spec.scheduler.get('name', 'rflow')}{f'; {defaults}' if defaults else ''}")]),
         ("networks", networks),
     ])  # fmt: skip
     output.data("")
-    cells = [[row["part"], number(row["mib"]), yes(row["installed"]), row["repo"], row["file"]] for row in about["weights"]]
+    cells = [
+        [row["part"], number(row["mib"]), yes(row["installed"]), row["source"] or row["repo"], row["file"]] for row in about["weights"]
+    ]
     output.table(["part", "MiB", "installed", "from", "file"], cells, right=("MiB",))
 
 
