@@ -70,8 +70,8 @@ def _script_hash(text: bytes) -> str:
 def compose(name: str, entries: Sequence[Entry], distances: Sequence[tuple[str, Mapping[str, Any]]], notes: Sequence[str]) -> str:
     """Return the page of the run called `name`, with the results of `maisi fid` and notes on what could not be read."""
     embedded = any(each.payloads for each in entries)
-    script, niivue = _data("report.js"), _data("niivue.umd.js.gz") if embedded else b""
-    hashes = [_script_hash(script), *([_script_hash(gzip.decompress(niivue))] if embedded else [])]
+    script, niivue = _data("report.js"), _data("niivue.umd.js") if embedded else b""
+    hashes = [_script_hash(script), *([_script_hash(niivue)] if embedded else [])]
     policy = [
         "default-src 'none'", f"script-src {' '.join(hashes)}", "style-src 'unsafe-inline'", "img-src data: blob:",
         "base-uri 'none'", "form-action 'none'",
@@ -103,7 +103,9 @@ def compose(name: str, entries: Sequence[Entry], distances: Sequence[tuple[str, 
                 for k, each in enumerate(entries)
                 for kind, text in each.payloads.items()
             ),
-            tag("script", Html(base64.b64encode(niivue).decode("ascii")), type="text/plain", id="niivue") if embedded else None,
+            tag("script", Html(base64.b64encode(gzip.compress(niivue, mtime=0)).decode("ascii")), type="text/plain", id="niivue")
+            if embedded
+            else None,
         ),
         script=script.decode(),
     )
