@@ -67,6 +67,11 @@ def _script_hash(text: bytes) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode('ascii')}'"
 
 
+def _packed(content: bytes) -> Html:
+    """Return bytes as the page unpacks them: compressed, in base64."""
+    return Html(base64.b64encode(gzip.compress(content, mtime=0)).decode("ascii"))
+
+
 def compose(name: str, entries: Sequence[Entry], distances: Sequence[tuple[str, Mapping[str, Any]]], notes: Sequence[str]) -> str:
     """Return the page of the run called `name`, with the results of `maisi fid` and notes on what could not be read."""
     embedded = any(each.payloads for each in entries)
