@@ -73,8 +73,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def test_the_main_job_leaves_image_label_record_and_preview(made: Made) -> None:
-    ends = {path.name.rsplit("_", 1)[1] for path in made.folder.iterdir()}
-    assert ends == {"image.nii.gz", "label.nii.gz", "record.json", "preview.png"}
+    ends = {path.name.rsplit("_", 1)[-1] for path in made.folder.iterdir()}
+    assert ends == {"image.nii.gz", "label.nii.gz", "record.json", "preview.png", "labels.json"}
     assert made.record["model"]["name"] == "nano-ct"
     assert made.record["synthetic"] is True
     assert np.allclose(made.image.geometry.affine, made.mask.geometry.affine)
