@@ -15,8 +15,6 @@ from .errors import UsageError
 from .events import OnEvent, Step, ignore
 from .networks import Networks
 
-CT_RANGE_HU = (-1000.0, 1000.0)
-
 
 def decode(
     networks: Networks, latent: Tensor, *, decoder: str = "exact", sweeps: str = "store", window: Sequence[int] | None = None,

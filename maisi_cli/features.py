@@ -50,7 +50,7 @@ class Extractor:
     def to(self, device: torch.device) -> None:
         """Move the network, where it is a module, to a device."""
         if isinstance(self.network, nn.Module):
-            self.network.to(device).eval()
+            self.network.to(device)
 
 
 def open_extractor(text: str = OURS) -> Extractor:
@@ -68,6 +68,8 @@ def open_extractor(text: str = OURS) -> Extractor:
     found = registry.get(name)(path)
     if not isinstance(found, Extractor):
         raise UsageError(f"the feature extractor {name!r} of {registry.entry(name).owner} is no Extractor", hint="correct the plugin")
+    if isinstance(found.network, nn.Module):
+        found.network.eval()
     return found
 
 
@@ -104,7 +106,7 @@ def _catalogued(name: str, file: Path | None, *, channels: int, note: str = "", 
 
     origin = read_origin(path) if file is None else None  # an installed file was converted: the published one counts
     return Extractor(
-        name=name, network=network.eval(), size=int(network.size), channels=channels, licence=spec.licence.name, note=note,  # type: ignore[arg-type]
+        name=name, network=network, size=int(network.size), channels=channels, licence=spec.licence.name, note=note,  # type: ignore[arg-type]
         sha256=origin.source_sha256 if origin else sha256_of(path), profiles=profiles or {"ct": "ct", "mr": "mr"},
     )  # fmt: skip
 

@@ -56,8 +56,7 @@ def resolve_all(flags: Mapping[str, Any] | None = None, **layers: Any) -> list[R
 
 
 def _resolved(kind: str, row: Row, index: int, flags: Mapping[str, Any] | None, layers: Mapping[str, Any]) -> Resolved:
-    values = {**row.values, "name": _literally(row.id), "count": 1}
-    return resolve(flags, **layers, row=Layer(origin=kind + row.id, values=values), index=index)
+    return resolve(flags, **layers, row=Layer(origin=kind + row.id, values={**row.values, "name": _literally(row.id)}), index=index)
 
 
 def masks_of(folder: Path, *, count: int = 1) -> list[Row]:
@@ -71,7 +70,7 @@ def masks_of(folder: Path, *, count: int = 1) -> list[Row]:
     names = [path.name.split(".nii")[0] for path in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"{folder} holds {twice}.nii and {twice}.nii.gz", hint="take one of them away")
-    return [Row(id=name if count == 1 else f"{name}_{copy:04d}", values={"mask": str(path)})
+    return [Row(id=name if count == 1 else f"{name}_{copy:04d}", values={"mask": str(path), "count": 1})
             for name, path in zip(names, found, strict=True) for copy in range(count)]  # fmt: skip
 
 

@@ -291,12 +291,10 @@ class Loaded:
 
     def get(self, role: str, key: Any, load: Callable[[], Networks]) -> Networks:
         """Return the networks of a role; those of another `key` are let go before `load` is called."""
-        held = self._held.get(role)
-        if held is None or held[0] != key:
-            held = None
+        if role not in self._held or self._held[role][0] != key:
             self._held.pop(role, None)
-            held = self._held[role] = (key, load())
-        return held[1]
+            self._held[role] = (key, load())
+        return self._held[role][1]
 
 
 def load(

@@ -96,7 +96,7 @@ def detect() -> Gpu:
             return Gpu(name=name.strip(), kind="cuda", memory_gib=round(float(memory) / 1024, 2))
         except (OSError, subprocess.SubprocessError, IndexError, ValueError):
             pass
-    return Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
+    return _processor()
 
 
 def host_memory_gib() -> float | None:
@@ -139,7 +139,10 @@ def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | Non
     target = geometry or (settings.geometry() if settings.mask is None else None)
     shown = spec.shown_on(geometry) if geometry and settings.mode != "mask" else target
     warnings: list[str] = []
-    if shown is not None and (geometry is None or settings.mode != "mask"):
+    if geometry and settings.mode == "mask":  # the networks are not shown it
+        spec.check_mode(settings.mode)
+        spec.check_modality(settings.modality)
+    elif shown is not None:
         warnings += spec.check(shown, modality=settings.modality, mode=settings.mode, head="head" in settings.regions,
                                allow_ood=settings.allow_ood, own_mask=geometry is not None)  # fmt: skip
     if geometry and shown and shown.spacing != geometry.spacing:
@@ -150,7 +153,11 @@ def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | Non
 
 def device_of(name: str) -> Gpu:
     """Return the device that torch calls `name`, with its memory: the processor, or the GPU that is found here."""
-    return detect() if name.startswith("cuda") else Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
+    return detect() if name.startswith("cuda") else _processor()
+
+
+def _processor() -> Gpu:
+    return Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
 
 
 def gpu_of(settings: GenerateSettings) -> Gpu:
@@ -158,7 +165,7 @@ def gpu_of(settings: GenerateSettings) -> Gpu:
     from . import presets
 
     if settings.device == "cpu" or settings.gpu == "cpu":
-        return Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
+        return _processor()
     if settings.gpu == "auto":
         return detect()
     execution = presets.preset(settings.gpu, "gpu").values["execution"]

@@ -259,8 +259,8 @@ class _Run:
         if settings.keep_latent:
             write_atomic(self.out / f"{job.id}_latent.npy", _npy(latent))
         with clock("decode"):
-            self.tell(Stage(name="decode", detail=str(self.plan.choice("decoder")), sample=job.index))
             decoder = self.plan.choice("decoder")
+            self.tell(Stage(name="decode", detail=str(decoder), sample=job.index))
             intensity = decoding.decode(
                 nets, latent, decoder=decoder, sweeps=self.plan.choice("sweeps") if decoder == "exact" else "store",
                 window=self.plan.choice("window"), overlap=self.plan.choice("overlap") or 0.0, on_event=self.tell,
@@ -278,7 +278,7 @@ class _Run:
     def _tiles(self, inner: Geometry, grid: Geometry) -> quality.Planes | None:
         """Return the planes where the decoder's windows met, in voxels of `grid`; None where it had none."""
         window = self.plan.choice("window")
-        if self.plan.choice("decoder") != "window" or window is None or inner.size != grid.size:
+        if self.plan.choice("decoder") != "window" or window is None or inner != grid:
             return None
         return quality.tile_planes(grid.size, window, self.plan.choice("overlap") or 0.0, factor=self.spec.latent_factor)
 
@@ -417,8 +417,7 @@ class _Run:
         mask: dict[str, Any] | None = None
         if made.mask is not None:
             mask = {"source": self.source, "ids": list(made.mask.ids()), **made.about}
-            grid = spec.shown_on(made.mask.geometry)
-            if made.image is not None and grid != made.mask.geometry:
+            if made.image is not None and (grid := spec.shown_on(made.mask.geometry)) != made.mask.geometry:
                 mask["shown_on"] = {"size": list(grid.size), "spacing_mm": list(grid.spacing)}
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}

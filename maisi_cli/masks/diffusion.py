@@ -139,8 +139,8 @@ class Diffusion:
         latent = denoising.sample(nets, vector, noise, steps=self.steps, generator=generator, on_step=on_step, compat=self.compat)
         if not bool(torch.isfinite(latent).all()):
             raise Rejected("the mask diffusion diverged: its latent is not finite", hint="use --dtype fp32, or more --mask-steps")
-        size = (4 * self.latent[0], 4 * self.latent[1], 4 * self.latent[2])
-        sweeps = planning.sweeps(self.spec.networks["mask_vae"], size, self.dtype, planning.device_of(self.device))
+        x, y, z = (self.spec.latent_factor * n for n in self.latent)
+        sweeps = planning.sweeps(self.spec.networks["mask_vae"], (x, y, z), self.dtype, planning.device_of(self.device))
         channels = denoising.decode(nets, latent, sweeps=str(sweeps.value))
         array = repair(denoising.to_labels(channels), tumor=tumor, compat=self.compat)
         return Mask(array=array, geometry=Geometry(size=array.shape, spacing=(VOXEL_MM,) * 3))  # type: ignore[arg-type]

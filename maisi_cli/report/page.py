@@ -108,9 +108,7 @@ def compose(name: str, entries: Sequence[Entry], distances: Sequence[tuple[str, 
                 for k, each in enumerate(entries)
                 for kind, text in each.payloads.items()
             ),
-            tag("script", Html(base64.b64encode(gzip.compress(niivue, mtime=0)).decode("ascii")), type="text/plain", id="niivue")
-            if embedded
-            else None,
+            tag("script", _packed(niivue), type="text/plain", id="niivue") if embedded else None,
         ),
         script=script.decode(),
     )
