@@ -8,11 +8,7 @@ the memory. FID, kernel distance and the interval are per plane (`xy`, `yz`, `zx
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,78 +19,36 @@ from numpy.typing import NDArray
 
 from . import distances
 from .catalog import modality as find_modality
+from .collection import (
+    Cache,
+    Statistics,
+    arrays_of,
+    cases,
+    chosen,
+    collect,
+    fid_of,
+    halves,
+    load_statistics,
+    resampled,
+    same_extractor,
+    same_profile,
+    save,
+)
 from .distances import Moments
-from .errors import CannotRun, UsageError, unknown
+from .errors import UsageError, unknown
 from .events import Note, OnEvent, Saved, Stage, Step, ignore
-from .features import OURS, Extractor, check_channels, features_of, open_extractor
-from .files import refuse_overwriting, write_atomic
+from .features import OURS, Extractor, check_channels, open_extractor
+from .files import refuse_overwriting
 from .geometry import format_triple
 from .networks import device_named
-from .record import sha256_of
 from .slices import PLANES, Profile
 from .slices import profile as find_profile
 from .team import Team, team
-from .volumes import SUFFIXES, Mask, Volume, read_image, read_mask, require_same_grid
 
 METRICS = ("fid", "kid", "prdc", "organs")
-CACHE_SCHEMA, STATISTICS_SCHEMA, SCHEMA = "maisi.fid-cache/1", "maisi.fid-statistics/1", "maisi.fid/1"
-BODY = 200
+SCHEMA = "maisi.fid/1"
 FEW_VOLUMES, FEW_SLICES = 50, 2048
-_SPLITS, _KID_ROWS, _BUDGET, _MANY_FEATURES = 10, 2000, 2**29, 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A volume of a set: its image, and the label map beside it when there is one."""
-
-    name: str
-    image: Path
-    label: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlaneStatistics:
-    """The slices of one plane: moments of all, and per volume their number (V,) and mean features (V, D)."""
-
-    moments: Moments
-    counts: NDArray[np.int64]
-    means: NDArray[np.float64]
-
-    @property
-    def effective(self) -> float:
-        """For how many independent slices these count."""
-        kept = self.counts > 0
-        return distances.effective_number([float(n) for n in self.counts[kept]], self.means[kept], self.moments)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """What is kept of a set of volumes; `stored` are the files with the features of each, () where only this is left.
-
-    `organs` maps, for each volume with a label map, organ ids to their volume in ml and median intensity; None without.
-    `baseline` is the FID of random halves of the set against each other, one row a split: (splits, 3 planes).
-    """
-
-    source: str
-    profile: Profile
-    extractor: Mapping[str, Any]
-    names: tuple[str, ...]
-    sha256: tuple[str, ...]
-    spacing_mm: tuple[tuple[float, float, float], ...]
-    planes: Mapping[str, PlaneStatistics]
-    organs: tuple[Mapping[int, tuple[float, float]] | None, ...]
-    baseline: NDArray[np.float64]
-    stored: tuple[Path, ...] = ()
-
-    @property
-    def volumes(self) -> int:
-        """The number of volumes."""
-        return len(self.names)
-
-    @property
-    def dimensions(self) -> int:
-        """The number of features of a slice."""
-        return len(self.planes["xy"].moments.mean)
+_SPLITS, _KID_ROWS, _MANY_FEATURES = 10, 2000, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,284 +73,6 @@ class Comparison:
         """Return the comparison for JSON."""
         return {"schema": SCHEMA, **{name: getattr(self, name) for name in self.__slots__ if name not in ("warnings", "notes")},
                 "warnings": list(self.warnings), "notes": list(self.notes)}  # fmt: skip
-
-
-# --- the volumes --------------------------------------------------------------------------------
-
-
-def cases(source: Path) -> list[Case]:
-    """Return the volumes of a folder, or of a list file with a path a line, in alphabetical order.
-
-    In a folder they are the `*_image` files, or where there are none all NIfTI files but label maps. Paths of a list are
-    seen from its own folder. Raises `UsageError` for what holds no volume.
-    """
-    if source.is_dir():
-        found = sorted(each for end in SUFFIXES for each in source.rglob(f"*{end}") if each.is_file() and not each.name.startswith("."))
-        named = [each for each in found if _stem(each).endswith("_image")]
-        images = named or [each for each in found if not _stem(each).endswith(("_label", "_seg", "_mask"))]
-        if not images:
-            raise UsageError(f"{source} holds no image (*.nii.gz)", hint="give a folder with volumes, or a list of them")
-    elif not source.is_file():
-        raise UsageError(f"there is no file or folder {source}", hint="check the path")
-    elif source.name.endswith(SUFFIXES):
-        raise UsageError(f"{source} is one volume, and a distance is between sets", hint="give its folder, or a list of volumes")
-    else:
-        try:
-            lines = [line.strip() for line in source.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{source} is neither a list of files nor saved statistics", hint="write one path a line") from error
-        images = sorted(source.parent / line for line in lines if line and not line.startswith("#"))
-        missing = next((each for each in images if not each.is_file()), None)
-        if missing is not None or not images:
-            raise UsageError(f"{source} names {missing}, which is not there" if missing else f"{source} names no volume",
-                             hint="paths are seen from the folder of the list")  # fmt: skip
-    return [Case(name=_stem(each).removesuffix("_image"), image=each, label=_label(each)) for each in images]
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".nii")[0]
-
-
-def _label(image: Path) -> Path | None:
-    stem = _stem(image).removesuffix("_image")
-    return next((each for end in SUFFIXES if (each := image.with_name(f"{stem}_label{end}")).is_file()), None)
-
-
-def chosen(found: Sequence[Case], number: int | None, order: str, seed: int) -> list[Case]:
-    """Return `number` of the volumes, the first (`sorted`) or a random draw (`random`), in alphabetical order."""
-    if number is None or number >= len(found):
-        return list(found)
-    if order == "sorted":
-        return list(found[:number])
-    rng = np.random.default_rng([0x6E756D, seed])
-    return [found[k] for k in sorted(rng.choice(len(found), number, replace=False))]
-
-
-# --- features on disk ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cache:
-    """A folder with the features of volumes, of one extractor and one profile, found by the content of the files."""
-
-    folder: Path
-    extractor: Extractor
-    profile: Profile
-
-    def check(self) -> None:
-        """Mark a new folder, and refuse one that holds features of another extractor or profile. Raises `UsageError`."""
-        mark = self.folder / "cache.json"
-        ours = {"schema": CACHE_SCHEMA, "profile": self.profile.as_dict(), "features": self.extractor.as_dict()}
-        if not mark.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise UsageError(f"{self.folder} is not empty, and no cache of features", hint="give a new folder to --cache")
-            write_atomic(mark, (json.dumps(ours, indent=2) + "\n").encode())
-            return
-        try:
-            theirs = json.loads(mark.read_text("utf-8"))
-            same_profile(self.profile, theirs["profile"], str(self.folder))
-            same_extractor(self.extractor.as_dict(), theirs["features"], str(self.folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{mark} cannot be read", hint="give another folder to --cache") from error
-
-    def path(self, key: str) -> Path:
-        """Return where the features of a volume lie."""
-        return self.folder / f"{key}.npz"
-
-
-def same_profile(ours: Profile, theirs: Mapping[str, Any], where: str) -> None:
-    """Refuse features of another preprocessing, naming both. Raises `UsageError`."""
-    if theirs["sha256"] == ours.sha256:
-        return
-    mine = json.loads(json.dumps(ours.as_dict()))
-    differing = ", ".join(f"{key} {theirs.get(key)} against {value}" for key, value in mine.items()
-                          if key not in ("name", "sha256") and theirs.get(key) != value)  # fmt: skip
-    raise UsageError(
-        f"{where} was made with profile {_named(theirs)}, not {_named(mine)}: {differing}",
-        hint="use the same profile, or another --cache",
-    )
-
-
-def same_extractor(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    """Refuse features of another extractor or other weights, naming both. Raises `UsageError`."""
-    if theirs["sha256"] != ours["sha256"]:
-        raise UsageError(
-            f"{where} was made with features {_named(theirs)}, not {_named(ours)}", hint="use the same --features, or another --cache"
-        )
-
-
-def _named(about: Mapping[str, Any]) -> str:
-    return f"{about['name']} ({about['sha256'][:12]})"
-
-
-def _key(case: Case, labels: bool) -> str:
-    """Return the name of a volume's features: a hash of its image and of its label map."""
-    parts = [sha256_of(case.image), sha256_of(case.label) if labels and case.label else ""]
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:40]
-
-
-def _compute(case: Case, cache: Cache, *, modality: str, labels: bool, device: Any, batch: int | None) -> bytes:
-    """Return the features of a volume, its spacing and its organs as the bytes of an .npz."""
-    image = read_image(case.image, modality=modality)
-    found: dict[str, NDArray[Any]] = dict(features_of(image, cache.extractor, cache.profile, device=device, batch=batch))
-    found["spacing_mm"] = np.asarray(image.geometry.spacing)
-    found["image_sha256"] = np.frombuffer(bytes.fromhex(sha256_of(case.image)), np.uint8)
-    if labels and case.label is not None:
-        mask = read_mask(case.label)
-        require_same_grid(image, mask)
-        found["organs"] = organs_of(image, mask)
-    buffer = io.BytesIO()
-    np.savez(buffer, **found)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def organs_of(image: Volume, mask: Mask) -> NDArray[np.float64]:
-    """Return a row for each organ of a mask: its id, its volume in ml, its median intensity."""
-    voxel_ml = float(np.prod(image.geometry.spacing)) / 1000
-    flat, values = mask.array.ravel(), image.array.ravel()
-    order = np.argsort(flat, kind="stable")
-    counts = mask.counts()
-    ends = np.cumsum(counts)
-    rows = [(float(label), float(counts[label]) * voxel_ml, float(np.median(values[order[ends[label] - counts[label] : ends[label]]])))
-            for label in np.flatnonzero(counts) if label not in (0, BODY)]  # fmt: skip
-    return np.asarray(rows, dtype=np.float64).reshape(-1, 3)
-
-
-def _load(path: Path, *names: str) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an .npz, or those named. Raises `UsageError` for a damaged file."""
-    try:
-        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-            return {name: file[name] for name in names or file.files}
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UsageError(f"{path} is damaged", hint="remove it; its features are computed again") from error
-
-
-# --- statistics ---------------------------------------------------------------------------------
-
-
-def _collect(
-    source: Path, found: Sequence[Case], cache: Cache, crew: Team, *, side: str, modality: str, labels: bool, device: Any,
-    batch: int | None, on_event: OnEvent,
-) -> Statistics | None:  # fmt: skip
-    """Compute what is missing of a set's features, this process its share, and gather the statistics on the first process."""
-    on_event(Stage(name=f"features of {side}", detail=f"{len(found)} volumes"))
-    keys: dict[int, str] = {}
-    mine = range(crew.rank, len(found), crew.size)
-    for done, k in enumerate(mine, 1):
-        keys[k] = _key(found[k], labels)
-        if not cache.path(keys[k]).is_file():
-            write_atomic(cache.path(keys[k]), _compute(found[k], cache, modality=modality, labels=labels, device=device, batch=batch))
-        on_event(Step(stage=f"features of {side}", done=done, total=len(mine)))
-    for part in crew.gather(keys):
-        keys |= part
-    if crew.rank:
-        return None
-    paths = tuple(cache.path(keys[k]) for k in range(len(found)))
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing is not None:
-        raise CannotRun(f"{missing} is missing: the processes do not share a disk", hint="give --cache a folder that all machines see")
-    return _statistics(str(source), cache, [case.name for case in found], paths)
-
-
-def _statistics(source: str, cache: Cache, names: Sequence[str], paths: tuple[Path, ...]) -> Statistics:
-    merged: dict[str, Moments] = {}
-    counts: dict[str, list[int]] = {plane: [] for plane in PLANES}
-    means: dict[str, list[NDArray[np.float64]]] = {plane: [] for plane in PLANES}
-    organs: list[dict[int, tuple[float, float]] | None] = []
-    spacings, hashes = [], []
-    for path in paths:
-        found = _load(path)
-        for plane in PLANES:
-            part = Moments.of(found[plane])
-            merged[plane] = merged[plane].merged(part) if plane in merged else part
-            counts[plane].append(int(part.n))
-            means[plane].append(part.mean)
-        rows = found.get("organs")
-        organs.append(None if rows is None else {int(label): (float(ml), float(value)) for label, ml, value in rows})
-        spacings.append((float(found["spacing_mm"][0]), float(found["spacing_mm"][1]), float(found["spacing_mm"][2])))
-        hashes.append(found["image_sha256"].tobytes().hex())
-    planes = {
-        plane: PlaneStatistics(moments=merged[plane], counts=np.asarray(counts[plane]), means=np.stack(means[plane])) for plane in PLANES
-    }
-    thin = next((plane for plane in PLANES if planes[plane].moments.n < 2), None)
-    if thin is not None:
-        raise UsageError(f"{source} has {planes[thin].moments.n:g} slices of plane {thin}, too few for a covariance",
-                         hint="add volumes, or use more of each with --center-slices 1")  # fmt: skip
-    return Statistics(source=source, profile=cache.profile, extractor=cache.extractor.as_dict(), names=tuple(names), sha256=tuple(hashes),
-                      spacing_mm=tuple(spacings), planes=planes, organs=tuple(organs), baseline=np.zeros((0, 3)), stored=paths)  # fmt: skip
-
-
-def _parts(stored: Sequence[Path], plane: str) -> Iterator[Moments]:
-    for path in stored:
-        yield Moments.of(_load(path, plane)[plane])
-
-
-def _resampled(found: Statistics, weights: NDArray[np.float64], plane: str) -> Iterator[Moments]:
-    """Yield the moments of a set with its volumes weighted, a row of weights after the other, within a bound of memory."""
-    at_once = max(1, _BUDGET // (8 * found.dimensions**2))
-    for start in range(0, len(weights), at_once):
-        yield from distances.weighted(_parts(found.stored, plane), weights[start : start + at_once])
-
-
-def _halves(found: Statistics, splits: int, seed: int) -> NDArray[np.float64]:
-    """Return the FID of random halves of a set, (splits, 3 planes); no row with fewer than four volumes."""
-    if found.volumes < 4 or splits < 1:
-        return np.zeros((0, len(PLANES)))
-    one, other = distances.split_weights(found.volumes, splits, seed)
-    columns = []
-    for plane in PLANES:
-        halves = zip(_resampled(found, one, plane), _resampled(found, other, plane), strict=True)
-        columns.append([_fid(a, b) for a, b in halves])
-    return np.asarray(columns, dtype=np.float64).T
-
-
-def _fid(one: Moments, other: Moments) -> float:
-    return distances.frechet(one, other) if min(one.n, other.n) >= 2 else float("nan")
-
-
-def save(found: Statistics, path: Path, *, force: bool = False) -> Path:
-    """Write the statistics of a set as .npz, to be compared with later or elsewhere: no image can be got back from them."""
-    if path.suffix != ".npz":
-        raise UsageError(f"{path} is not named .npz", hint="name saved statistics *.npz")
-    refuse_overwriting(path, force=force)
-    about = {"schema": STATISTICS_SCHEMA, "source": Path(found.source).name, "profile": found.profile.as_dict(),
-             "features": dict(found.extractor), "names": list(found.names), "sha256": list(found.sha256),
-             "spacing_mm": [list(each) for each in found.spacing_mm],
-             "organs": [None if each is None else {str(key): value for key, value in each.items()} for each in found.organs]}  # fmt: skip
-    arrays: dict[str, NDArray[Any]] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "baseline": found.baseline}
-    for plane, each in found.planes.items():
-        arrays |= {f"{plane}_mean": each.moments.mean, f"{plane}_scatter": each.moments.scatter, f"{plane}_counts": each.counts,
-                   f"{plane}_means": each.means}  # fmt: skip
-    write_atomic(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-    return path
-
-
-def load_statistics(path: Path) -> Statistics:
-    """Read statistics that `save` wrote. Raises `UsageError` for anything else."""
-    try:
-        arrays = _load(path)
-        about = json.loads(arrays["about"].tobytes())
-        if about["schema"] != STATISTICS_SCHEMA or not {"name", "sha256"} <= set(about["features"]):
-            raise ValueError("another schema")
-        fields = {key: _tuple(value) for key, value in about["profile"].items() if key != "sha256"}
-        planes = {plane: PlaneStatistics(
-            moments=Moments(n=float(arrays[f"{plane}_counts"].sum()), mean=arrays[f"{plane}_mean"], scatter=arrays[f"{plane}_scatter"]),
-            counts=arrays[f"{plane}_counts"], means=arrays[f"{plane}_means"]) for plane in PLANES}  # fmt: skip
-        return Statistics(
-            source=str(path), profile=Profile(**fields), extractor=about["features"], names=tuple(about["names"]),
-            sha256=tuple(about["sha256"]), spacing_mm=_tuple(about["spacing_mm"]), planes=planes, baseline=arrays["baseline"],
-            organs=tuple(None if each is None else {int(key): (value[0], value[1]) for key, value in each.items()}
-                         for each in about["organs"]),
-        )  # fmt: skip
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} holds no statistics of maisi", hint="give what  maisi fid --save  wrote, a folder, or a list") from error
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
-
-
-# --- the whole ----------------------------------------------------------------------------------
 
 
 def compare(
@@ -455,7 +131,7 @@ def compare(
                 if num_images is not None and len(found) < num_images:
                     listen(Note(text=f"{side} has {len(found)} volumes, fewer than the {num_images} asked for", level="warning"))
                 taken = chosen(found, num_images, wanted.order, seed)
-                sets[k] = _collect(sources[k], taken, store, crew, side=side, modality=modality, labels="organs" in metrics,
+                sets[k] = collect(sources[k], taken, store, crew, side=side, modality=modality, labels="organs" in metrics,
                                    device=where, batch=batch, on_event=listen)  # fmt: skip
         if crew.rank:
             return None
@@ -463,7 +139,7 @@ def compare(
         assert first is not None
         if baseline == "split" and first.stored:
             listen(Stage(name="baseline", detail="halves of real against each other"))
-            first = replace(first, baseline=_halves(first, _SPLITS if first.dimensions <= _MANY_FEATURES else 3, seed))
+            first = replace(first, baseline=halves(first, _SPLITS if first.dimensions <= _MANY_FEATURES else 3, seed))
         if save_to is not None:
             listen(Saved(path=save(first, Path(save_to), force=force), kind="statistics"))
         if synth is None:
@@ -528,8 +204,8 @@ def _compared(
         interval = _interval(fid, real, synth, times, seed, on_event)
         if fixed:
             notes.append(f"the interval is of resampling the other set only: {fixed[0]} is saved statistics, or one volume")
-    halves = _baseline(real, synth) if baseline else None
-    if baseline and halves is None:
+    against = _baseline(real, synth) if baseline else None
+    if baseline and against is None:
         notes.append("there is no baseline: it needs four real volumes, or statistics that were saved with one")
     kid = prdc = organs = None
     if "kid" in metrics and real.stored and synth.stored:
@@ -546,7 +222,7 @@ def _compared(
         organs = _organs(real, synth, notes)
     sides = {"real": real, "synth": synth}
     return Comparison(
-        fid=fid, ci95=interval, baseline=halves, kid=kid, prdc=prdc, organs=organs,
+        fid=fid, ci95=interval, baseline=against, kid=kid, prdc=prdc, organs=organs,
         n_volumes={side: each.volumes for side, each in sides.items()},
         n_slices={side: {**{plane: int(each.planes[plane].moments.n) for plane in PLANES},
                          "total": int(sum(each.planes[plane].moments.n for plane in PLANES))} for side, each in sides.items()},
@@ -568,10 +244,10 @@ def _interval(fid: Mapping[str, float], real: Statistics, synth: Statistics, tim
     values = np.zeros((times, len(PLANES)))
     draws = [distances.bootstrap_weights(each.volumes, times, seed + k) for k, each in enumerate((real, synth))]
     for column, plane in enumerate(PLANES):
-        sides = [_resampled(each, weights, plane) if each.stored else iter([each.planes[plane].moments] * times)
+        sides = [resampled(each, weights, plane) if each.stored else iter([each.planes[plane].moments] * times)
                  for each, weights in zip((real, synth), draws, strict=True)]  # fmt: skip
         for row, (one, other) in enumerate(zip(*sides, strict=True)):
-            values[row, column] = _fid(one, other)
+            values[row, column] = fid_of(one, other)
             on_event(Step(stage="interval", done=column * times + row + 1, total=times * len(PLANES)))
     found: dict[str, Any] = {}
     bias = {}
@@ -623,7 +299,7 @@ def _rows(found: Statistics, seed: int) -> dict[str, tuple[NDArray[np.float32], 
     groups: dict[str, list[NDArray[np.int64]]] = {plane: [] for plane in PLANES}
     firsts = dict.fromkeys(PLANES, 0)
     for number, path in enumerate(found.stored):
-        features = _load(path)
+        features = arrays_of(path)
         for plane in PLANES:
             n = len(features[plane])
             inside = picks[plane][(picks[plane] >= firsts[plane]) & (picks[plane] < firsts[plane] + n)] - firsts[plane]

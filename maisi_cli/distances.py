@@ -54,16 +54,6 @@ class Moments:
         return self.scatter / (self.n - 1)
 
 
-def merged(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all parts together. Raises `ValueError` for none."""
-    whole: Moments | None = None
-    for part in parts:
-        whole = part if whole is None else whole.merged(part)
-    if whole is None:
-        raise ValueError("no features")
-    return whole
-
-
 # --- Frechet ------------------------------------------------------------------------------------
 
 

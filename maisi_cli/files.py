@@ -13,6 +13,7 @@ from .errors import CannotRun, UsageError
 if TYPE_CHECKING:
     from .settings import GenerateSettings
 
+NIFTI_ENDS = (".nii.gz", ".nii")
 Save = TypeVar("Save", bound=Callable[..., Any])
 
 
@@ -28,6 +29,11 @@ def writes(names: Callable[[str, GenerateSettings], Iterable[str]]) -> Callable[
         return save
 
     return mark
+
+
+def stem(path: Path) -> str:
+    """Return the name of a NIfTI file without its ending."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def refuse_overwriting(path: Path, *, force: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, unknown
+from .files import NIFTI_ENDS, stem
 from .labelfile import numbering_of, require_one_numbering
 from .settings import KEYS, MANIFEST_ROW, MASK_FOLDER, Layer, Resolved, resolve
 
@@ -64,10 +65,10 @@ def masks_of(folder: Path, *, count: int = 1) -> list[Row]:
 
     Rows are named after their files, and numbered where `count` is above 1. Raises `UsageError` for a folder without any.
     """
-    found = sorted(path for path in folder.iterdir() if path.name.endswith((".nii.gz", ".nii")) and not path.name.startswith("."))
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(NIFTI_ENDS) and not path.name.startswith("."))
     if not found:
         raise UsageError(f"the folder {folder} holds no label map", hint="give a folder with .nii.gz files, or one file")
-    names = [path.name.split(".nii")[0] for path in found]
+    names = [stem(path) for path in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"{folder} holds {twice}.nii and {twice}.nii.gz", hint="take one of them away")
     return [Row(id=name if count == 1 else f"{name}_{copy:04d}", values={"mask": str(path), "count": 1})

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from .anatomy import BODY
+from .cases import Case
 from .errors import UsageError
 from .events import Note, OnEvent, Stage, Step, ignore
-from .judging import Case, Terms, load
+from .judging import Terms, load
 from .quality.findings import Finding, judged
 from .volumes import Mask, Volume
 

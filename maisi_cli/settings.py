@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, unknown
+from .files import stem as file_stem
 from .geometry import Geometry, format_triple, parse_mm, parse_size
 
 ENVIRONMENT_PREFIX = "MAISI_"
@@ -631,7 +632,7 @@ def sample_id(values: Any, spec: Any, index: int) -> str:
         return values[key].value if isinstance(values, Mapping) else getattr(values, key)
 
     template = str(value("name"))
-    stem = str(value("preset")) if value("mask") is None else Path(str(value("mask"))).name.split(".nii")[0]
+    stem = str(value("preset")) if value("mask") is None else file_stem(Path(str(value("mask"))))
     seed = value("seed") if value("seed") is not None else 0
     words = {"stem": Path(stem).stem if stem.endswith(".toml") else stem, "preset": Path(str(value("preset"))).stem, "index": index,
              "seed": seed, "model": spec.name, "mode": value("mode")}  # fmt: skip

@@ -116,21 +116,29 @@ class Step:
 # --- layers of a stream ----------------------------------------------------------------------------------------
 
 
+def _bordered(stream: Stream, affine: Affine | None, edge: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yield the main planes of each slab, normalised first where `affine` says so, with the plane before and the plane after.
+
+    At the ends of the volume these are what `edge` makes of the outermost plane. What has no plane after it yet waits.
+    """
+    kept: Tensor | None = None
+    seen = 0
+    for x, *_ in stream.slabs:
+        seen += x.shape[2]
+        x = affine.apply(x) if affine else x
+        after = [edge(x[:, :, -1:])] * (seen == stream.planes)
+        x = torch.cat([edge(x[:, :, :1]) if kept is None else kept, x, *after], dim=2)
+        kept = x[:, :, -2:].clone()
+        if x.shape[2] >= 3:
+            yield x
+
+
 def convolved(stream: Stream, conv: nn.Module, affine: Affine | None = None) -> Stream:
     """Run a convolution of 3 x 3 x 3 with a border of zeros over the main planes, normalised first where `affine` says so."""
 
     def go() -> Iterator[Slab]:
-        kept: Tensor | None = None
-        seen = 0
-        for x, *_ in stream.slabs:
-            seen += x.shape[2]
-            x = affine.apply(x) if affine else x
-            zeros = torch.zeros_like(x[:, :, :1])
-            parts = [zeros if kept is None else kept, x] + [zeros] * (seen == stream.planes)
-            x = torch.cat(parts, dim=2)
-            kept = x[:, :, -2:].clone() if x.shape[2] >= 2 else x
-            if x.shape[2] >= 3:
-                yield (functional.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)),)  # type: ignore[arg-type]
+        for x in _bordered(stream, affine, torch.zeros_like):
+            yield (functional.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)),)  # type: ignore[arg-type]
 
     return Stream(go(), stream.planes)
 
@@ -158,18 +166,9 @@ def doubled(stream: Stream) -> Stream:
     """Interpolate to twice the resolution as `interpolate(scale_factor=2, mode="trilinear")` does, borders included."""
 
     def go() -> Iterator[Slab]:
-        kept: Tensor | None = None
-        seen = 0
-        for x, *_ in stream.slabs:
-            seen += x.shape[2]
-            parts = [x[:, :, :1] if kept is None else kept, x] + [x[:, :, -1:]] * (seen == stream.planes)
-            x = torch.cat(parts, dim=2)
-            kept = x[:, :, -2:].clone()
-            made = x.shape[2] - 2
-            if made < 1:
-                continue
+        for x in _bordered(stream, None, lambda plane: plane):
             wide = functional.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear")
-            shape = (*wide.shape[:2], 2 * made, *wide.shape[3:])
+            shape = (*wide.shape[:2], 2 * (x.shape[2] - 2), *wide.shape[3:])
             out = torch.empty(shape, dtype=wide.dtype, device=wide.device, memory_format=LAYOUT)
             torch.lerp(wide[:, :, :-2], wide[:, :, 1:-1], 0.75, out=out[:, :, 0::2])
             torch.lerp(wide[:, :, 1:-1], wide[:, :, 2:], 0.25, out=out[:, :, 1::2])

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .errors import UsageError
 from .events import Note, OnEvent, ignore
-from .files import refuse_overwriting, write_atomic, writes
+from .files import NIFTI_ENDS, refuse_overwriting, stem, write_atomic, writes
 from .geometry import Affine, Geometry, Size, format_triple
 from .labelfile import RENUMBERED, Numbering, numbering_of, read_labels, require_labels, write_labels
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .settings import GenerateSettings
 
 AIR_HU = -1000
-SUFFIXES = (".nii.gz", ".nii")
 GZIP_LEVEL = 4
 SHEAR_TOLERANCE = 1e-2
 """How far from zero the cosine between two axes may be; rounding in headers stays far below."""
@@ -194,7 +193,7 @@ def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UsageError(f"the file {path} {what}", hint="give the path of a .nii.gz or .nii file")
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.endswith(NIFTI_ENDS):
         raise UsageError(f"{path} is not named .nii.gz or .nii", hint="convert it to NIfTI first, e.g. with dcm2niix")
     try:
         image = nibabel.load(path)
@@ -347,7 +346,7 @@ def _write(array: NDArray[Any], geometry: Geometry, path: Path, *, force: bool, 
     import nibabel
     from nibabel import orientations
 
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.endswith(NIFTI_ENDS):
         raise UsageError(f"{path} is not named .nii.gz or .nii", hint="name the output *.nii.gz")
     refuse_overwriting(path, force=force)
     turn = orientations.ornt_transform(_RAS, orientations.axcodes2ornt(geometry.axcodes))
@@ -505,12 +504,8 @@ def describe(path: str | Path, *, vocabulary: str = "maisi") -> dict[str, Any]:
 
 def record_beside(path: Path) -> Path | None:
     """Return the run record that lies beside a generated file: `{id}_record.json` for `{id}_image.nii.gz`."""
-    stem = path.name
-    for suffix in SUFFIXES:
-        stem = stem.removesuffix(suffix)
-    for kind in ("_image", "_label"):
-        stem = stem.removesuffix(kind)
-    for name in (f"{stem}_record.json", "record.json"):
+    id = stem(path).removesuffix("_image").removesuffix("_label")
+    for name in (f"{id}_record.json", "record.json"):
         if (path.parent / name).is_file():
             return path.parent / name
     return None

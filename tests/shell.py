@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+from maisi_cli import cli
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,15 @@ class Done:
                 break
             rows.append([cell.strip() for cell in line.strip().split("  ") if cell.strip()])
         return rows
+
+
+def qc_of(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Done]:
+    """Return a function that runs `maisi qc` with a line of arguments, and sees to it that no traceback is shown."""
+
+    def run(line: str) -> Done:
+        code = cli.run(["qc", *shlex.split(line)])
+        text = capsys.readouterr()
+        assert "Traceback" not in text.err
+        return Done(code, text.out, text.err)
+
+    return run

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from maisi_cli import cli, comparison
-from maisi_cli.comparison import Cache, cases, chosen, compare, load_statistics
+from maisi_cli.collection import Cache, cases, chosen, load_statistics
+from maisi_cli.comparison import compare
 from maisi_cli.errors import UsageError
 from maisi_cli.features import Extractor, open_extractor
 from maisi_cli.geometry import Geometry
@@ -212,7 +213,7 @@ def test_cached_features_are_not_computed_again_and_give_the_same_numbers(
     line = f"fid real synth --cache kept --json {QUICK}"
     first = maisi(line).json
     assert len(list((tmp_path / "kept").glob("*.npz"))) == 24
-    monkeypatch.setattr("maisi_cli.comparison.features_of", None)  # would fail if it were called
+    monkeypatch.setattr("maisi_cli.collection.features_of", None)  # would fail if it were called
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "real", moved)  # files are known by their content
     assert maisi(line).json == first

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from maisi_cli import cli, quality
+from maisi_cli import quality
 from maisi_cli.geometry import Geometry
 from maisi_cli.plugins import plugins
 from maisi_cli.volumes import Mask, Volume, write_image, write_mask
 
-from .shell import Done
+from .shell import Done, qc_of
 
 GRID = Geometry(size=(12, 12, 12), spacing=(17, 17, 17))
 LABELS = np.full(GRID.size, 200, np.uint8)
@@ -29,14 +28,7 @@ def maisi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """Return a function that runs `maisi qc` in a folder `run` beside which lies nothing else."""
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-
-    def run(line: str) -> Done:
-        code = cli.run(["qc", *shlex.split(line)])
-        text = capsys.readouterr()
-        assert "Traceback" not in text.err
-        return Done(code, text.out, text.err)
-
-    return run
+    return qc_of(capsys)
 
 
 def image(name: str, array: np.ndarray = HU) -> None:

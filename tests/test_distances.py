@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,6 @@ from maisi_cli.distances import (
     frechet,
     frechet_of,
     kid,
-    merged,
     prdc,
     split_weights,
     weighted,
@@ -99,7 +100,7 @@ def test_the_distance_is_symmetric_zero_on_itself_and_blind_to_rotation(seed: in
 @given(cuts=st.lists(st.integers(0, 50), max_size=6), shift=st.sampled_from([0.0, 1e4]))
 def test_moments_of_any_split_merge_to_those_of_the_whole(cuts: list[int], shift: float) -> None:
     whole = rows(3, 50, 5, shift=shift)
-    found = merged(Moments.of(part) for part in np.split(whole, sorted(cuts)))
+    found = reduce(Moments.merged, [Moments.of(part) for part in np.split(whole, sorted(cuts))])
     assert found.n == 50
     np.testing.assert_allclose(found.mean, whole.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(whole, rowvar=False), rtol=1e-7, atol=1e-9)
@@ -120,7 +121,7 @@ def test_a_covariance_needs_two_rows_and_a_whole_needs_parts() -> None:
     with pytest.raises(ValueError, match="two rows"):
         _ = Moments.of(np.ones((1, 3))).covariance
     with pytest.raises(ValueError, match="no features"):
-        merged([])
+        weighted([], np.zeros((1, 0)))
 
 
 # --- effective number -----------------------------------------------------------------------
@@ -128,7 +129,7 @@ def test_a_covariance_needs_two_rows_and_a_whole_needs_parts() -> None:
 
 def effective(volumes: list[Array]) -> float:
     parts = [Moments.of(each) for each in volumes]
-    return effective_number([part.n for part in parts], np.stack([part.mean for part in parts]), merged(parts))
+    return effective_number([part.n for part in parts], np.stack([part.mean for part in parts]), reduce(Moments.merged, parts))
 
 
 def test_slices_that_are_all_alike_count_once_a_volume_and_independent_ones_in_full() -> None:

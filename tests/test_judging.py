@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,15 +13,15 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from maisi_cli import cli
 from maisi_cli.anatomy import maisi as vocabulary
 from maisi_cli.anatomy import remap_table
+from maisi_cli.cases import Case, find_cases
 from maisi_cli.errors import UsageError
 from maisi_cli.geometry import Geometry
-from maisi_cli.judging import Case, Terms, find_cases, judge, judge_all
+from maisi_cli.judging import Terms, judge, judge_all
 from maisi_cli.volumes import Mask, Volume, read_image, read_mask, write_image, write_mask
 
-from .shell import Done
+from .shell import Done, qc_of
 
 GRID = Geometry(size=(12, 12, 12), spacing=(17, 17, 17))
 LABELS = np.full(GRID.size, 200, np.uint8)
@@ -39,13 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def maisi(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Done]:
-    def run(line: str) -> Done:
-        code = cli.run(["qc", *shlex.split(line)])
-        text = capsys.readouterr()
-        assert "Traceback" not in text.err
-        return Done(code, text.out, text.err)
-
-    return run
+    return qc_of(capsys)
 
 
 def image(name: str, array: np.ndarray = HU) -> None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from maisi_cli import cli
+from maisi_cli.cases import Case, find_cases
 from maisi_cli.errors import UsageError
 from maisi_cli.events import Event, Note
 from maisi_cli.geometry import Geometry
-from maisi_cli.judging import Case, Terms, find_cases
+from maisi_cli.judging import Terms
 from maisi_cli.memorisation import THRESHOLD, Described, audit, coarse_image, coarse_labels, distances, neighbours, pair_picture
 from maisi_cli.phantom import body, render
 from maisi_cli.volumes import Mask, Volume, write_image, write_mask
 from PIL import Image
 from scipy import ndimage
 
-from .shell import Done
+from .shell import Done, qc_of
 
 GRID = Geometry(size=(32, 32, 32), spacing=(12.0, 12.0, 12.0))
 REFERENCES = 10
@@ -65,14 +64,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def maisi(planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Done]:
     monkeypatch.chdir(planted)
-
-    def run(line: str) -> Done:
-        code = cli.run(["qc", *shlex.split(line)])
-        text = capsys.readouterr()
-        assert "Traceback" not in text.err
-        return Done(code, text.out, text.err)
-
-    return run
+    return qc_of(capsys)
 
 
 # --- closed forms ---------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ def qc(
     Folders of maisi, nnU-Net (imagesTr, labelsTr) and TotalSegmentator (ct, segmentations) are understood. Of a label map
     without an image only its labels are checked.
     """
+    from ..cases import find_cases
     from ..errors import UsageError
     from ..files import refuse_overwriting, write_atomic
-    from ..judging import Terms, as_csv, find_cases, judge_all, with_findings
+    from ..judging import Terms, as_csv, judge_all, with_findings
 
     _require_audit(memorization, {"--reference": reference, "--threshold": threshold, "--out": out})
     if compat not in (None, "reference"):

@@ -119,12 +119,13 @@ def _nothing_for(region: str | None, modality: str | None) -> Exception:
 def _measure(folder: Path) -> dict[str, Any]:
     """Return the median field of view (mm, RAS+ order) of the NIfTI files in a folder, from their headers."""
     from ..errors import MaisiError, UsageError
-    from ..volumes import SUFFIXES, read_geometry
+    from ..files import NIFTI_ENDS
+    from ..volumes import read_geometry
 
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"the folder {folder} {what}", hint="give the folder that holds your .nii.gz files")
-    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.name.endswith(NIFTI_ENDS) and path.is_file())
     grids, skipped = [], []
     for path in paths:
         try:

@@ -19,10 +19,11 @@ from .. import record
 from ..anatomy import maisi
 from ..errors import UsageError
 from ..events import OnEvent, Step
+from ..files import NIFTI_ENDS
 from ..geometry import Size
 from ..preview import centre, strip, windows_of
 from ..quality import Finding
-from ..volumes import SUFFIXES, Mask, Volume, read_image, read_mask, resample_labels
+from ..volumes import Mask, Volume, read_image, read_mask, resample_labels
 
 FID_SCHEMA = "maisi.fid/1"
 AXIS_LIMIT = 128
@@ -223,7 +224,7 @@ def _named(mask: Mask, case: Case) -> Mask:
 def _output(case: Case, kind: str, notes: list[str]) -> Path | None:
     """Return the NIfTI file of a kind that the record names, None where there is none; what is wrong with it is noted."""
     entry = case.made["outputs"].get(kind)
-    if entry is None or not str(entry["file"]).endswith(SUFFIXES):
+    if entry is None or not str(entry["file"]).endswith(NIFTI_ENDS):
         return None
     name = str(entry["file"])
     path = case.path.parent / name
