@@ -20,19 +20,8 @@ def organs_present(image: Volume | None, mask: Mask | None, context: Context) ->
     findings = []
     for label in context.required:
         name, ml = maisi().name_of(label), float(counts[label]) * voxel_ml
-        passed = bool(counts[label])
-        text = f"{ml:.1f} ml of {name}" if passed else f"{name} was asked for and is not in the mask"
-        findings.append(
-            Finding(
-                check="organs-present",
-                label=name,
-                value=ml,
-                low=voxel_ml,
-                high=None,
-                passed=bool(passed),
-                text=text,
-            )
-        )
+        text = f"{ml:.1f} ml of {name}" if counts[label] else f"{name} was asked for and is not in the mask"
+        findings.append(judged("organs-present", name, ml, text, low=voxel_ml))
     return findings
 
 
@@ -81,27 +70,8 @@ def intensity(image: Volume, mask: Mask | None, context: Context) -> list[Findin
     """Look for values that are not finite, and for an image without contrast."""
     array = image.array
     bad = 0 if array.dtype.kind in "iu" else int(array.size - np.count_nonzero(np.isfinite(array)))
-    findings = [
-        Finding(
-            check="intensity",
-            label="finite",
-            value=float(bad),
-            low=None,
-            high=0.0,
-            passed=bad == 0,
-            text=f"{bad} voxels are not finite" if bad else "every voxel is finite",
-        )
-    ]
     spread = float(np.nanmax(array)) - float(np.nanmin(array)) if bad < array.size else 0.0
-    findings.append(
-        Finding(
-            check="intensity",
-            label="range",
-            value=spread,
-            low=1.0,
-            high=None,
-            passed=spread >= 1.0,
-            text=f"values span {spread:.4g}",
-        )
-    )
-    return findings
+    return [
+        judged("intensity", "finite", float(bad), f"{bad} voxels are not finite" if bad else "every voxel is finite", high=0.0),
+        judged("intensity", "range", spread, f"values span {spread:.4g}", low=1.0),
+    ]
