@@ -27,11 +27,11 @@ def decode(
     `overlap`, blended with a Gaussian; every window has GroupNorm statistics of its own, so seams can show. Raises
     `UsageError` for a window that is not positive or an overlap outside [0, 1).
     """
-    z = latent.to(networks.device) / networks.scale_factor
+    z = (latent.to(networks.device) / networks.scale_factor).to(networks.precision.dtype)
     vae = networks.parts["vae"]
 
     def call(part: Tensor) -> Tensor:
-        with torch.inference_mode(), networks.precision(networks.device):
+        with torch.inference_mode():
             made: Tensor = vae.decode_stage_2_outputs(part)  # type: ignore[operator]
         return made.float()
 
@@ -52,13 +52,12 @@ def _decode_slabs(networks: Networks, z: Tensor, sweeps: str, on_event: OnEvent)
 
     made: Tensor | None = None
     done = 0
-    with torch.inference_mode(), networks.precision(networks.device):
-        for slab in streaming.decoded(networks.parts["vae"], z, mode=sweeps, on_step=on_step):
-            if made is None:
-                factor = slab.shape[3] // z.shape[3]
-                made = torch.empty((*slab.shape[:2], *(n * factor for n in z.shape[2:])), dtype=torch.float32)
-            made[:, :, done : done + slab.shape[2]] = slab.cpu()
-            done += slab.shape[2]
+    for slab in streaming.decoded(networks.parts["vae"], z, mode=sweeps, on_step=on_step):
+        if made is None:
+            factor = slab.shape[3] // z.shape[3]
+            made = torch.empty((*slab.shape[:2], *(n * factor for n in z.shape[2:])), dtype=torch.float32)
+        made[:, :, done : done + slab.shape[2]] = slab.cpu()
+        done += slab.shape[2]
     assert made is not None
     return made
 

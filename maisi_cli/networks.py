@@ -1,8 +1,8 @@
 """The networks: built from their specification, loaded strictly, and turned into plain callables.
 
 The modules are MONAI's (`monai.apps.generation.maisi`, `monai.networks.nets`), with the released weights' names. `fast`
-replaces what only costs time: `MaisiGroupNorm3D` (a Python loop over groups) by `torch.nn.GroupNorm`, and splitting of
-convolutions into slabs by whole ones; both hold the same weights and give the same numbers to rounding.
+replaces what only costs time (`inference`), and splitting of convolutions into slabs by whole ones; the weights stay the
+same, and the numbers to rounding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import streaming
+from . import inference, streaming
 from .catalog import ModelSpec, NetworkSpec
 from .errors import CannotRun, UsageError
+from .kernels import LAYOUT
 from .planning import default_dtype
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -36,10 +37,10 @@ _CLASSES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """How numbers are held: weights are kept in float32; `compute` is the dtype that autocast computes in, if any."""
+    """What weights and activations are held in; norms compute in float32 in any of them."""
 
     name: str
-    compute: torch.dtype | None
+    dtype: torch.dtype
 
     @classmethod
     def named(cls, name: str, device: torch.device) -> Precision:
@@ -49,19 +50,10 @@ class Precision:
         """
         if name == "auto":
             name = default_dtype(device.type)
-        known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+        known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         if name not in known:
             raise UsageError(f"there is no precision {name!r}", hint="use --dtype auto, fp32, bf16 or fp16")
-        return cls(name=name, compute=known[name])
-
-    @contextlib.contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
-        """Compute in this precision inside the block."""
-        if self.compute is None:
-            yield
-        else:
-            with torch.autocast(device.type, dtype=self.compute):
-                yield
+        return cls(name=name, dtype=known[name])
 
 
 def device_named(name: str) -> torch.device:
@@ -106,29 +98,8 @@ def build(spec: NetworkSpec, *, fast: bool = True) -> nn.Module:
         network: nn.Module = getattr(import_module(module), name)(**arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(f"the network {spec.name} cannot be built: {error}", hint="check its arguments in the model file") from error
-    if fast:
-        _use_native_group_norm(network)
-    if fast or flash:
-        _use_fused_attention(network)
+    inference.native(network, norms=fast, attention=fast or flash)
     return network
-
-
-def _use_native_group_norm(network: nn.Module) -> None:
-    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiGroupNorm3D
-
-    for parent in network.modules():
-        for name, child in list(parent.named_children()):
-            if isinstance(child, MaisiGroupNorm3D):
-                native = nn.GroupNorm(child.num_groups, child.num_channels, eps=child.eps, affine=child.affine)
-                native.load_state_dict(child.state_dict())
-                setattr(parent, name, native)
-
-
-def _use_fused_attention(network: nn.Module) -> None:
-    """Let MONAI's attention blocks call `scaled_dot_product_attention`, which runs on every device."""
-    for part in network.modules():
-        if hasattr(part, "use_flash_attention") and not getattr(part, "save_attn", False):
-            part.use_flash_attention = True  # type: ignore[assignment]
 
 
 def binarise(labels: Tensor, *, dtype: torch.dtype = torch.float32, channels: int = 8) -> Tensor:
@@ -223,7 +194,7 @@ class Networks:
         arguments = self.spec.networks["unet"].arguments
         extra: dict[str, Tensor] = {}
         if arguments.get("include_spacing_input"):
-            extra["spacing_tensor"] = torch.tensor([condition.spacing_mm], device=device) * 100
+            extra["spacing_tensor"] = torch.tensor([condition.spacing_mm], dtype=torch.float32, device=device) * 100
             if condition.compat and labels is None:  # the reference's image-only path rounds it to float16
                 exact = torch.tensor([condition.spacing_mm], dtype=torch.float64) * 100
                 extra["spacing_tensor"] = exact.to(torch.float16).to(device=device, dtype=torch.float32)
@@ -240,47 +211,77 @@ class Networks:
                 extra[f"{side}_region_index_tensor"] = one_hot
         if arguments.get("num_class_embeds"):
             extra["class_labels"] = torch.full((1,), modality, dtype=torch.long, device=device)
-        context: Tensor | None = None
+        of_unet, of_controlnet = _embedded(unet, extra), _embedded(controlnet, {"class_labels": extra.get("class_labels")})
         if labels is not None:
             if controlnet is None:
                 raise UsageError(f"model {self.spec.name} has no ControlNet", hint="use --mode image")
-            with torch.inference_mode(), self.precision(device):
-                bits = binarise(labels.to(device), dtype=self.precision.compute or torch.float32)
-                context = controlnet.controlnet_cond_embedding(bits)  # type: ignore[operator]
-                del bits
+            with torch.inference_mode():
+                of_controlnet["controlnet_cond_embedding"] = streaming.embedded(
+                    controlnet.controlnet_cond_embedding, labels.to(device), binarise, dtype=self.precision.dtype
+                )
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             time = t.to(device=device, dtype=torch.float32).reshape(1).expand(x.shape[0])
-            with torch.inference_mode(), self.precision(device):
+            with torch.inference_mode():
                 known = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in extra.items()}
-                inputs = {"x": x, "timesteps": time, **known}
-                if context is not None:
+                inputs = {"x": x.to(dtype=self.precision.dtype, memory_format=LAYOUT), "timesteps": time, **known}
+                if labels is not None:
                     assert controlnet is not None
                     names = {"class_labels": known["class_labels"]} if "class_labels" in known else {}
-                    with _embedding(controlnet, context):
-                        down, middle = controlnet(x=x, timesteps=time, controlnet_cond=context, **names)
+                    with _known(controlnet, of_controlnet):
+                        down, middle = controlnet(
+                            x=inputs["x"], timesteps=time, controlnet_cond=of_controlnet["controlnet_cond_embedding"], **names
+                        )
                     inputs["down_block_additional_residuals"] = down
                     inputs["mid_block_additional_residual"] = middle
-                return unet(**inputs).float()
+                with _known(unet, of_unet):
+                    return unet(**inputs).float()
 
         return denoise
 
     def encode(self, image: Tensor) -> Tensor:
         """Encode (1, 1, X, Y, Z) intensities in [0, 1] to the mean latent, times the scale factor, slab by slab and exactly."""
-        with torch.inference_mode(), self.precision(self.device):
-            mean = streaming.encoded(self.parts["vae"], image.to(self.device))
+        with torch.inference_mode():
+            mean = streaming.encoded(self.parts["vae"], image.to(device=self.device, dtype=self.precision.dtype))
         return mean.float() * self.scale_factor
 
 
+_EMBEDDERS = {"spacing_tensor": "spacing_layer", "top_region_index_tensor": "top_region_index_layer",
+              "bottom_region_index_tensor": "bottom_region_index_layer", "class_labels": "class_embedding"}  # fmt: skip
+
+
+def _embedded(network: Any, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return, by the name of the part that makes it, the embedding of each input that stays the same over the steps."""
+    found: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for name, value in inputs.items():
+            layer = getattr(network, _EMBEDDERS[name], None)
+            if layer is not None and value is not None:
+                found[_EMBEDDERS[name]] = layer(value).to(network.time_embed[0].weight.dtype)
+    return found
+
+
+class _Known(nn.Module):
+    """Stands for a part of a network whose result is known."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Return what is known, for each member of the batch of what is given."""
+        return self.value.expand(len(given), *self.value.shape[1:])
+
+
 @contextlib.contextmanager
-def _embedding(controlnet: nn.Module, context: Tensor) -> Iterator[None]:
-    """Let the ControlNet take an embedded condition as it is, inside the block."""
-    original = controlnet.controlnet_cond_embedding
-    controlnet._modules["controlnet_cond_embedding"] = nn.Identity()
+def _known(network: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let parts of a network return what they are known to make, inside the block."""
+    original = {name: network._modules[name] for name in outputs}
+    network._modules.update({name: _Known(value) for name, value in outputs.items()})
     try:
         yield
     finally:
-        controlnet._modules["controlnet_cond_embedding"] = original  # type: ignore[assignment]
+        network._modules.update(original)
 
 
 class Loaded:
@@ -303,6 +304,8 @@ def load(
 ) -> Networks:  # fmt: skip
     """Build and strictly load the named parts (`vae`, `unet`, `controlnet`, ...) from `files`, ready for inference.
 
+    With `fast=False` they are MONAI's as they come, in float32 whatever the precision.
+
     Raises `UsageError` naming keys that are missing, not expected, or of another shape.
     """
     from .weights import load_state
@@ -320,8 +323,8 @@ def load(
         hashes[part] = state.sha256
         if part in ("unet", "mask_unet") and state.scale_factor is not None:
             scale = state.scale_factor
-        network.requires_grad_(False)
-        modules[part] = network.to(device).eval()
+        network.requires_grad_(False).eval()
+        modules[part] = inference.laid_out(network, precision.dtype, device) if fast else network.to(device)
     if scale is None:
         raise UsageError(f"model {model.name} has no scale factor", hint="add scale_factor to its file or to the unet weights")
     return Networks(spec=model, parts=modules, scale_factor=float(scale), device=device, precision=precision, hashes=hashes)

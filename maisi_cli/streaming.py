@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import kernels
+from .kernels import LAYOUT, Affine, Moments, convolution
+
 MODES = ("store", "half", "recompute")
 """What a sweep leaves at full resolution: the result of every step, of the first residual block, or nothing."""
-SLAB_BYTES = 2**27
-"""How large a slab is where nothing else is asked for: large enough for fast convolutions, small beside a volume."""
-
-LAYOUT = torch.channels_last_3d
-"""Of slabs in memory: convolutions of thin slabs are fast in it."""
+SLAB_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""How large a slab is where nothing else is asked for: large enough for fast convolutions, small beside a volume or a cache."""
 
 Slab = tuple[Tensor, ...]
 """Some planes (1, C, planes, Y, Z): of a layer, and of the shortcut beside it within a residual block."""
@@ -38,59 +38,6 @@ class Stream:
 
     slabs: Iterator[Slab]
     planes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Affine:
-    """What a group norm comes to once its statistics are known: scale and shift of each channel, then SiLU or nothing."""
-
-    scale: Tensor
-    shift: Tensor
-    silu: bool
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Return the normalised planes in the dtype of `x`; the arithmetic is in float32."""
-        y = torch.addcmul(self.shift, x.float(), self.scale)
-        return (functional.silu(y, inplace=True) if self.silu else y).to(x.dtype)
-
-
-@dataclass(slots=True)
-class Moments:
-    """Mean and summed squared deviation of each channel over slabs, merged in float64 (Chan et al. 1983)."""
-
-    count: int = 0
-    mean: Tensor | None = None
-    squares: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        """Take the planes (1, C, ...) into account."""
-        rows = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1]).float()
-        count = len(rows)
-        centre = rows[:: max(1, count // 256)].mean(dim=0)  # near enough to the mean for one pass in float32
-        rows = rows - centre
-        mean = rows.mean(dim=0)
-        squares = (rows.square_().mean(dim=0) - mean**2).double() * count
-        mean = (mean + centre).double()
-        if self.mean is None or self.squares is None:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total, apart = self.count + count, mean - self.mean
-        self.squares = self.squares + squares + apart**2 * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
-        self.count = total
-
-    def affine(self, norm: nn.GroupNorm, *, silu: bool) -> Affine:
-        """Return what `norm` does to a volume of these moments (Wu and He 2018)."""
-        assert self.mean is not None
-        assert self.squares is not None
-        groups = self.mean.reshape(norm.num_groups, -1)
-        centre = groups.mean(dim=1, keepdim=True)
-        within = (self.squares / self.count).reshape(norm.num_groups, -1).mean(dim=1, keepdim=True)
-        deviation = (within + ((groups - centre) ** 2).mean(dim=1, keepdim=True) + norm.eps).rsqrt()
-        scale = deviation.expand_as(groups).reshape(-1) * norm.weight.double()
-        shift = norm.bias.double() - centre.expand_as(groups).reshape(-1) * scale
-        shape = (1, -1, 1, 1, 1)
-        return Affine(scale=scale.float().reshape(shape), shift=shift.float().reshape(shape), silu=silu)
 
 
 OnStep = Callable[[int, int], None]
@@ -116,6 +63,25 @@ class Step:
 # --- layers of a stream ----------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class Queue:
+    """Planes that wait until what runs beside them has caught up."""
+
+    held: deque[Tensor] = field(default_factory=deque)
+
+    def take(self, planes: int) -> Tensor:
+        """Return the next planes."""
+        parts: list[Tensor] = []
+        while planes:
+            first = self.held.popleft()
+            if first.shape[2] > planes:
+                self.held.appendleft(first[:, :, planes:])
+                first = first[:, :, :planes]
+            parts.append(first)
+            planes -= first.shape[2]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def _bordered(stream: Stream, affine: Affine | None, edge: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Yield the main planes of each slab, normalised first where `affine` says so, with the plane before and the plane after.
 
@@ -125,26 +91,45 @@ def _bordered(stream: Stream, affine: Affine | None, edge: Callable[[Tensor], Te
     seen = 0
     for x, *_ in stream.slabs:
         seen += x.shape[2]
-        x = affine.apply(x) if affine else x
-        after = [edge(x[:, :, -1:])] * (seen == stream.planes)
-        x = torch.cat([edge(x[:, :, :1]) if kept is None else kept, x, *after], dim=2)
-        kept = x[:, :, -2:].clone()
-        if x.shape[2] >= 3:
-            yield x
+        before, after = 1 if kept is None else kept.shape[2], int(seen == stream.planes)
+        shape = (*x.shape[:2], before + x.shape[2] + after, *x.shape[3:])
+        wide = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+        inner = wide[:, :, before : before + x.shape[2]]
+        if affine:
+            affine.into(x, inner)
+        else:
+            inner.copy_(x)
+        wide[:, :, :before] = edge(inner[:, :, :1]) if kept is None else kept
+        if after:
+            wide[:, :, -1:] = edge(inner[:, :, -1:])
+        kept = wide[:, :, -2:].clone()
+        del x, inner
+        if wide.shape[2] >= 3:
+            box = [wide]
+            del wide
+            yield box.pop()  # nothing here holds on to what is consumed elsewhere
 
 
-def convolved(stream: Stream, conv: nn.Module, affine: Affine | None = None) -> Stream:
-    """Run a convolution of 3 x 3 x 3 with a border of zeros over the main planes, normalised first where `affine` says so."""
+def convolved(stream: Stream, conv: nn.Module, affine: Affine | None = None, *, beside: Queue | None = None) -> Stream:
+    """Run a convolution of 3 x 3 x 3 with a border of zeros over the main planes, normalised first where `affine` says so.
+
+    What waits `beside` is added.
+    """
 
     def go() -> Iterator[Slab]:
         for x in _bordered(stream, affine, torch.zeros_like):
-            yield (functional.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)),)  # type: ignore[arg-type]
+            box = [x]
+            del x
+            added = beside.take(box[0].shape[2] - 2) if beside else None
+            made = [convolution(box.pop(), conv, padding=(0, 1, 1), beside=added)]
+            del added
+            yield (made.pop(),)
 
     return Stream(go(), stream.planes)
 
 
-def halved(stream: Stream, conv: nn.Module) -> Stream:
-    """Run a convolution of 3 x 3 x 3 of stride 2, after one plane, row and column of zeros at the high ends."""
+def halved(stream: Stream, conv: nn.Module, *, low: int = 0) -> Stream:
+    """Run a convolution of 3 x 3 x 3 of stride 2 after zeros: `low` planes, rows and columns at the low ends, one at the high ends."""
 
     def go() -> Iterator[Slab]:
         kept: Tensor | None = None
@@ -152,14 +137,19 @@ def halved(stream: Stream, conv: nn.Module) -> Stream:
         for x, *_ in stream.slabs:
             seen += x.shape[2]
             last = seen == stream.planes
-            x = functional.pad(x, (0, 1, 0, 1, 0, int(last)))
+            x = functional.pad(x, (low, 1, low, 1, low if kept is None else 0, int(last)))
             x = x if kept is None else torch.cat([kept, x], dim=2)
             made = (x.shape[2] - 1) // 2
             kept = x[:, :, 2 * made :].clone()
             if made:
                 yield (functional.conv3d(x[:, :, : 2 * made + 1], conv.weight, conv.bias, stride=2),)  # type: ignore[arg-type]
 
-    return Stream(go(), (stream.planes - 2) // 2 + 1)
+    return Stream(go(), (stream.planes + low - 2) // 2 + 1)
+
+
+def activated(stream: Stream) -> Stream:
+    """Run SiLU, in place."""
+    return Stream(((functional.silu(x, inplace=True),) for x, *_ in stream.slabs), stream.planes)
 
 
 def doubled(stream: Stream) -> Stream:
@@ -167,12 +157,9 @@ def doubled(stream: Stream) -> Stream:
 
     def go() -> Iterator[Slab]:
         for x in _bordered(stream, None, lambda plane: plane):
-            wide = functional.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear")
-            shape = (*wide.shape[:2], 2 * (x.shape[2] - 2), *wide.shape[3:])
-            out = torch.empty(shape, dtype=wide.dtype, device=wide.device, memory_format=LAYOUT)
-            torch.lerp(wide[:, :, :-2], wide[:, :, 1:-1], 0.75, out=out[:, :, 0::2])
-            torch.lerp(wide[:, :, 1:-1], wide[:, :, 2:], 0.25, out=out[:, :, 1::2])
-            yield (out,)
+            box = [x]
+            del x
+            yield (kernels.doubled(box.pop()),)
 
     return Stream(go(), 2 * stream.planes)
 
@@ -207,25 +194,6 @@ def whole(stream: Stream, module: nn.Module) -> Stream:
     return Stream(go(), stream.planes)
 
 
-@dataclass(slots=True)
-class Queue:
-    """Planes that wait until what runs beside them has caught up."""
-
-    held: deque[Tensor] = field(default_factory=deque)
-
-    def take(self, planes: int) -> Tensor:
-        """Return the next planes."""
-        parts: list[Tensor] = []
-        while planes:
-            first = self.held.popleft()
-            if first.shape[2] > planes:
-                self.held.appendleft(first[:, :, planes:])
-                first = first[:, :, :planes]
-            parts.append(first)
-            planes -= first.shape[2]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
 def first_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
     """Run a residual block up to its first convolution; the shortcut goes beside it."""
     queue = Queue()
@@ -233,7 +201,7 @@ def first_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
 
     def tapped() -> Iterator[Slab]:
         for x, *_ in stream.slabs:
-            queue.held.append(x if shortcut is None else functional.conv3d(x, shortcut.weight, shortcut.bias))  # type: ignore[arg-type]
+            queue.held.append(x if shortcut is None else convolution(x, shortcut))
             yield (x,)
 
     def go() -> Iterator[Slab]:
@@ -252,11 +220,7 @@ def second_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
             queue.held.append(beside)
             yield (x,)
 
-    def go() -> Iterator[Slab]:
-        for x, *_ in convolved(Stream(tapped(), stream.planes), conv_of(block.conv2), affine).slabs:
-            yield (queue.take(x.shape[2]) + x,)
-
-    return Stream(go(), stream.planes)
+    return convolved(Stream(tapped(), stream.planes), conv_of(block.conv2), affine, beside=queue)
 
 
 # --- networks as steps -----------------------------------------------------------------------------------------
@@ -382,9 +346,12 @@ def keep_all_but(level: int, mode: str) -> Callable[[Step], bool]:
     return lambda step: step.level != level
 
 
-def thickness(channels: int, y: int, z: int, dtype: torch.dtype) -> int:
-    """Return how many planes of `channels` times y times z make a slab of about `SLAB_BYTES`: a power of two, at least 2."""
-    planes = SLAB_BYTES // (channels * y * z * dtype.itemsize)
+def thickness(channels: int, y: int, z: int, like: Tensor) -> int:
+    """Return how many planes of `channels` times y times z, of the dtype and on the device of `like`, make a slab: a power of two.
+
+    It has about `SLAB_BYTES`, and at least 2 planes.
+    """
+    planes = SLAB_BYTES.get(like.device.type, SLAB_BYTES["cpu"]) // (channels * y * z * like.dtype.itemsize)
     return int(max(2, 1 << (max(planes, 1).bit_length() - 1)))
 
 
@@ -392,8 +359,8 @@ def thickness(channels: int, y: int, z: int, dtype: torch.dtype) -> int:
 def decoded(vae: Any, latent: Tensor, *, mode: str = "store", planes: int | None = None, on_step: OnStep | None = None) -> Iterator[Tensor]:
     """Yield the decoded planes of a latent (1, C, x, y, z), in order along x; each slab is (1, out, planes, 4y, 4z).
 
-    `planes` is the thickness of slabs at full resolution. Weights are used in the dtype that they are in, or in that of
-    autocast where it is on. Raises `ValueError` for a mode that is not in `MODES`.
+    `planes` is the thickness of slabs at full resolution; weights are in the dtype of the latent. Raises `ValueError` for a mode
+    that is not in `MODES`.
     """
     if mode not in MODES:
         raise ValueError(f"there is no mode {mode!r} of {', '.join(MODES)}")
@@ -401,7 +368,7 @@ def decoded(vae: Any, latent: Tensor, *, mode: str = "store", planes: int | None
     finest = steps[-1].level
     widest = max(step.channels for step in steps if step.level == finest)
     y, z = (n << finest for n in latent.shape[3:])
-    deep = planes or thickness(widest, y, z, latent.dtype)
+    deep = planes or thickness(widest, y, z, latent)
     first = conv_of(vae.post_quant_conv)
     source = functional.conv3d(latent.contiguous(memory_format=LAYOUT), first.weight, first.bias)  # type: ignore[arg-type]
     keep = keep_all_but(finest, mode)
@@ -415,8 +382,25 @@ def encoded(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None 
         raise ValueError(f"there is no mode {mode!r} of {', '.join(MODES)}")
     steps = steps_of(vae.encoder.blocks)
     widest = max(step.channels for step in steps if step.level == 0)
-    deep = planes or thickness(widest, image.shape[3], image.shape[4], image.dtype)
+    deep = planes or thickness(widest, image.shape[3], image.shape[4], image)
     source = image.contiguous(memory_format=LAYOUT)
     slabs = run(steps, source, keep=keep_all_but(0, mode), planes=lambda step: max(1, deep >> step.level))
     mean = conv_of(vae.quant_conv_mu)
     return torch.cat([functional.conv3d(slab, mean.weight, mean.bias) for slab in slabs], dim=2)  # type: ignore[arg-type]
+
+
+Bits = Callable[..., Tensor]
+
+
+@torch.inference_mode()
+def embedded(embedding: Any, labels: Tensor, bits: Bits, *, dtype: torch.dtype, planes: int | None = None) -> Tensor:
+    """Return what a ControlNet's condition encoder makes of labels (1, 1, X, Y, Z) uint8, turned to `bits` slab by slab."""
+    convolutions = [conv_of(embedding.conv_in), *map(conv_of, embedding.blocks), conv_of(embedding.conv_out)]
+    widest = max(int(conv.in_channels) for conv in convolutions[:3])  # type: ignore[arg-type]
+    deep = planes or thickness(widest, labels.shape[3], labels.shape[4], labels.new_empty((), dtype=dtype))
+    slabs = ((bits(part, dtype=dtype).contiguous(memory_format=LAYOUT),) for part in labels.split(deep, dim=2))
+    stream = Stream(slabs, labels.shape[2])
+    for conv in convolutions[:-1]:
+        strided = conv.stride[0] == 2  # type: ignore[index]
+        stream = activated(halved(stream, conv, low=1) if strided else convolved(stream, conv))
+    return torch.cat([x for x, *_ in convolved(stream, convolutions[-1]).slabs], dim=2)

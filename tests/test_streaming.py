@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from maisi_cli import streaming
-from maisi_cli.streaming import MODES, Moments, decoded, encoded
+from maisi_cli.streaming import MODES, decoded, embedded, encoded
 from torch import Tensor, nn
 
 usual = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -69,18 +69,23 @@ def test_windows_are_not_exact_where_slabs_are():
     assert difference(windows, wanted) > 1e-2
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 99))
+@given(size=st.tuples(st.integers(4, 21), st.integers(4, 9), st.integers(4, 9)), planes=st.integers(1, 24), seed=st.integers(0, 9))
 @usual
-def test_moments_of_slabs_are_those_of_the_whole_and_normalise_as_torch_does(parts, seed):
-    x = torch.randn(1, 6, sum(parts), 3, 4, generator=torch.Generator().manual_seed(seed)) * 3 + 100
-    norm = nn.GroupNorm(2, 6, eps=1e-6)
-    nn.init.normal_(norm.weight)
-    moments = Moments()
-    for part in x.split(parts, dim=2):
-        moments.add(part)
-    assert torch.allclose(moments.mean.float(), x.mean(dim=(0, 2, 3, 4)), rtol=1e-6)
-    assert torch.allclose(moments.affine(norm, silu=False).apply(x), norm(x), atol=2e-3)
-    assert torch.allclose(moments.affine(norm, silu=True).apply(x), nn.functional.silu(norm(x)), atol=2e-3)
+def test_a_condition_is_embedded_in_slabs_as_at_once(size: tuple[int, int, int], planes: int, seed: int) -> None:
+    """Any size and any thickness of slabs, with two convolutions of stride 2 within."""
+    from maisi_cli.networks import binarise
+    from monai.networks.nets.controlnet import ControlNetConditioningEmbedding
+
+    drawn = torch.Generator().manual_seed(seed)
+    embedding = ControlNetConditioningEmbedding(spatial_dims=3, in_channels=8, out_channels=5, channels=(8, 6, 4))
+    for weights in embedding.parameters():
+        nn.init.normal_(weights, std=0.3, generator=drawn)
+    labels = torch.randint(0, 256, (1, 1, *size), generator=drawn, dtype=torch.uint8)
+    with torch.inference_mode():
+        wanted = embedding(binarise(labels))
+    made = embedded(embedding, labels, binarise, dtype=torch.float32, planes=planes)
+    assert made.shape == wanted.shape
+    assert torch.allclose(made, wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("mode", MODES)

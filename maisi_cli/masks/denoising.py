@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import networks, sampling, streaming
 from ..anatomy import remap_table
+from ..kernels import LAYOUT
 
 if TYPE_CHECKING:
     from .sizes import Vector
@@ -29,8 +30,9 @@ def denoiser(nets: networks.Networks, sizes: Vector, *, compat: bool = False) ->
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         time = t.to(device=nets.device, dtype=torch.float32).reshape(1).expand(x.shape[0])
-        with torch.inference_mode(), nets.precision(nets.device):
-            made: Tensor = unet(x, timesteps=time, context=context.expand(x.shape[0], -1, -1))
+        with torch.inference_mode():
+            half = x.to(dtype=nets.precision.dtype, memory_format=LAYOUT)
+            made: Tensor = unet(half, timesteps=time, context=context.to(half.dtype).expand(x.shape[0], -1, -1))
         return made.float()
 
     return denoise
@@ -42,8 +44,9 @@ def decode(nets: networks.Networks, latent: Tensor, *, sweeps: str = "store", pl
     Slab by slab and exactly (`streaming.decoded`): the channels are held for one slab at a time, of `planes` planes. A softmax
     would not change which one is largest.
     """
-    with torch.inference_mode(), nets.precision(nets.device):
-        slabs = streaming.decoded(nets.parts["mask_vae"], latent.to(nets.device) / nets.scale_factor, mode=sweeps, planes=planes)
+    z = (latent.to(nets.device) / nets.scale_factor).to(nets.precision.dtype)
+    with torch.inference_mode():
+        slabs = streaming.decoded(nets.parts["mask_vae"], z, mode=sweeps, planes=planes)
         return torch.cat([channels[0].argmax(dim=0).to(torch.uint8).cpu() for channels in slabs]).numpy()
 
 

@@ -1,0 +1,91 @@
+"""MONAI's modules as they should run: the same weights and numbers, without what only costs time.
+
+`native` is for training and inference: `MaisiGroupNorm3D`, a Python loop over groups, becomes `torch.nn.GroupNorm`, and
+attention calls the fused kernel. `laid_out` is for inference alone: weights in the dtype that is computed in, norms in one
+pass with the SiLU behind them, tensors in the layout that convolutions are fast in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import kernels
+from .kernels import LAYOUT
+
+EXACT = ("spacing_layer", "top_region_index_layer", "bottom_region_index_layer", "class_embedding")
+"""Embeddings that are computed once for a sample: they stay in float32."""
+
+
+def native(network: nn.Module, *, norms: bool = True, attention: bool = True) -> None:
+    """Replace the norms and let the attention of a network of MONAI use torch's own, in place."""
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiGroupNorm3D
+
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if norms and isinstance(child, MaisiGroupNorm3D):
+                made = nn.GroupNorm(child.num_groups, child.num_channels, eps=child.eps, affine=child.affine)
+                made.load_state_dict(child.state_dict())
+                setattr(parent, name, made)
+        if attention and hasattr(parent, "use_flash_attention") and not getattr(parent, "save_attn", False):
+            parent.use_flash_attention = True  # type: ignore[assignment]
+
+
+def laid_out(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Move a network whose weights are loaded to `device` for inference in `dtype`; norms and `EXACT` stay in float32."""
+    from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+
+    network.to(device)
+    for module in list(network.modules()):
+        if isinstance(module, DiffusionUNetResnetBlock):
+            module.norm1 = kernels.GroupNorm.of(module.norm1, silu=True)
+            module.norm2 = kernels.GroupNorm.of(module.norm2, silu=True)
+            module.time_emb_proj = _ActivatedLinear.of(module.time_emb_proj)
+            module.nonlinearity = nn.Identity()  # type: ignore[assignment]
+        elif (
+            isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.GroupNorm) and isinstance(module[1], nn.SiLU)
+        ):
+            module[0], module[1] = kernels.GroupNorm.of(module[0], silu=True), nn.Identity()
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.GroupNorm:
+                setattr(parent, name, kernels.GroupNorm.of(child, silu=False))
+            elif isinstance(child, nn.AvgPool3d):
+                setattr(parent, name, HalfMean())
+    for name, module in network.named_modules():
+        if name.split(".")[0] in EXACT:
+            continue
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+            channels_last = device.type == "cuda" or dtype != torch.float32  # float32 on a processor is faster without
+            module.to(dtype=dtype, memory_format=LAYOUT if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        elif isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
+            module.to(dtype=dtype)
+    return network
+
+
+class _ActivatedLinear(nn.Linear):
+    """A linear layer with the SiLU before it."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> _ActivatedLinear:
+        """Return one that holds the parameters of `linear` themselves."""
+        made = cls(linear.in_features, linear.out_features, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's result for SiLU(x)."""
+        return super().forward(functional.silu(x))
+
+
+class HalfMean(nn.Module):
+    """The mean of 2 x 2 x 2 voxels, as `AvgPool3d(2)`: torch has none in bfloat16 for a processor. Odd ends are left out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, X // 2, Y // 2, Z // 2) in the dtype of `x`; sums are in float32."""
+        x = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2, : x.shape[4] // 2 * 2]
+        total = x[:, :, ::2, ::2, ::2].float()
+        for corner in range(1, 8):
+            total = total + x[:, :, corner >> 2 :: 2, (corner >> 1) & 1 :: 2, corner & 1 :: 2]
+        return (total / 8).to(x.dtype)
