@@ -7,6 +7,8 @@ pass with the SiLU behind them, tensors in the layout that convolutions are fast
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,24 +35,25 @@ def native(network: nn.Module, *, norms: bool = True, attention: bool = True) ->
 
 
 def laid_out(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Move a network whose weights are loaded to `device` for inference in `dtype`; norms and `EXACT` stay in float32."""
+    """Move a network whose weights are loaded to `device` for inference in `dtype`; norms and `EXACT` stay in float32.
+
+    Names of parameters stay what they are.
+    """
     from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 
     network.to(device)
     for module in list(network.modules()):
-        if isinstance(module, DiffusionUNetResnetBlock):
-            module.norm1 = kernels.GroupNorm.of(module.norm1, silu=True)
-            module.norm2 = kernels.GroupNorm.of(module.norm2, silu=True)
-            module.time_emb_proj = _ActivatedLinear.of(module.time_emb_proj)
-            module.nonlinearity = nn.Identity()  # type: ignore[assignment]
-        elif (
-            isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.GroupNorm) and isinstance(module[1], nn.SiLU)
-        ):
-            module[0], module[1] = kernels.GroupNorm.of(module[0], silu=True), nn.Identity()
+        if isinstance(module, nn.Sequential) and [type(part) for part in module.children()][:2] == [nn.GroupNorm, nn.SiLU]:
+            module[0], module[1] = kernels.GroupNorm.of(module[0], silu=True), nn.Identity()  # type: ignore[arg-type]
+        for name, child in list(module.named_children()):
+            if isinstance(child, DiffusionUNetResnetBlock):
+                setattr(module, name, ResBlock(child))
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.GroupNorm:
                 setattr(parent, name, kernels.GroupNorm.of(child, silu=False))
+            elif type(child) is nn.Conv3d:
+                setattr(parent, name, kernels.Conv3d.of(child))
             elif isinstance(child, nn.AvgPool3d):
                 setattr(parent, name, HalfMean())
     for name, module in network.named_modules():
@@ -64,19 +67,28 @@ def laid_out(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
     return network
 
 
-class _ActivatedLinear(nn.Linear):
-    """A linear layer with the SiLU before it."""
+class ResBlock(nn.Module):
+    """MONAI's residual block with a time embedding, in fewer passes: norm with SiLU; biases, embedding, shortcut with a convolution."""
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> _ActivatedLinear:
-        """Return one that holds the parameters of `linear` themselves."""
-        made = cls(linear.in_features, linear.out_features, device="meta")
-        made.weight, made.bias = linear.weight, linear.bias
-        return made
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = kernels.GroupNorm.of(block.norm1, silu=True), block.conv1
+        self.time_emb_proj = block.time_emb_proj
+        self.norm2, self.conv2 = kernels.GroupNorm.of(block.norm2, silu=True), block.conv2
+        self.skip_connection = block.skip_connection
+        self.up, self.downsample = block.upsample is not None, block.downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's result for SiLU(x)."""
-        return super().forward(functional.silu(x))
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Return (B, C, X, Y, Z) from (B, C', X, Y, Z) and the embedding (B, E); a batch shares its embedding or pays a pass."""
+        h = self.norm1(x)
+        if self.up:
+            x, h = kernels.repeated(x), kernels.repeated(h)
+        elif self.downsample is not None:
+            x, h = self.downsample(x), self.downsample(h)
+        time = self.time_emb_proj(functional.silu(emb))
+        one = len(time) == 1
+        h = kernels.convolution(h, self.conv1.conv, shift=time[0]) if one else self.conv1(h) + time[:, :, None, None, None]
+        return kernels.convolution(self.norm2(h), self.conv2.conv, beside=self.skip_connection(x))
 
 
 class HalfMean(nn.Module):

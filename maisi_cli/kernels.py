@@ -133,15 +133,38 @@ class GroupNorm(nn.GroupNorm):
         return made
 
 
-def convolution(x: Tensor, conv: nn.Module, *, padding: tuple[int, int, int] = (0, 0, 0), beside: Tensor | None = None) -> Tensor:
-    """Return the convolution of volumes (1, C, X, Y, Z), to which `beside` is added."""
-    weight, bias = conv.weight, conv.bias
-    if (triton := _triton(x.device.type)) and bias is not None:  # cuDNN would add the bias in a pass of its own
-        made = functional.conv3d(x, weight, None, padding=padding)  # type: ignore[arg-type]
-        triton.finish(rows_of(made), bias, None if beside is None else rows_of(beside))
+def convolution(
+    x: Tensor, conv: Any, *, padding: tuple[int, ...] | None = None, shift: Tensor | None = None, beside: Tensor | None = None
+) -> Tensor:
+    """Return the convolution of volumes (B, C, X, Y, Z), to each channel of which `shift` (C,) is added, and to all of it `beside`.
+
+    `padding` is used in place of the layer's own.
+    """
+    bias = conv.bias if shift is None else shift if conv.bias is None else conv.bias + shift
+    how = {"stride": conv.stride, "padding": conv.padding if padding is None else padding, "dilation": conv.dilation, "groups": conv.groups}
+    triton = _triton(x.device.type)
+    if triton is None or bias is None or len(x) != 1:
+        made = functional.conv3d(x, conv.weight, bias, **how)
+        return made if beside is None else made.add_(beside)
+    made = functional.conv3d(x, conv.weight, None, **how).contiguous(memory_format=LAYOUT)  # cuDNN adds a bias in a pass of its own
+    triton.finish(rows_of(made), bias, None if beside is None else rows_of(beside))
+    return made
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution for inference, whose bias costs no pass that can be saved."""
+
+    @classmethod
+    def of(cls, conv: nn.Conv3d) -> Conv3d:
+        """Return one that holds the parameters of `conv` themselves."""
+        made = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,  # type: ignore[arg-type]
+                   bias=conv.bias is not None, device="meta")  # fmt: skip
+        made.weight, made.bias = conv.weight, conv.bias
         return made
-    made = functional.conv3d(x, weight, bias, padding=padding)  # type: ignore[arg-type]
-    return made if beside is None else made.add_(beside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `torch.nn.Conv3d` returns."""
+        return convolution(x, self)
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -159,6 +182,16 @@ def doubled(x: Tensor) -> Tensor:
     torch.lerp(x[:, :, :-2], x[:, :, 1:-1], 0.75, out=deep[:, :, 0::2])
     torch.lerp(x[:, :, 1:-1], x[:, :, 2:], 0.25, out=deep[:, :, 1::2])
     return functional.interpolate(deep, scale_factor=(1, 2, 2), mode="trilinear")
+
+
+def repeated(x: Tensor) -> Tensor:
+    """Return volumes (B, C, X, Y, Z) at twice their resolution, each voxel eight times (nearest neighbour)."""
+    triton = _triton(x.device.type)
+    if triton is None or len(x) != 1:
+        return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    out = torch.empty((*x.shape[:2], *(2 * n for n in x.shape[2:])), dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+    triton.repeated(x.contiguous(memory_format=LAYOUT), out)
+    return out
 
 
 def _piece(rows: Tensor) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import inference, streaming
 from .catalog import ModelSpec, NetworkSpec
 from .errors import CannotRun, UsageError
+from .graphs import Captured
 from .kernels import LAYOUT
 from .planning import default_dtype
 
@@ -160,12 +161,13 @@ class Networks:
     device: torch.device
     precision: Precision
     hashes: Mapping[str, str] = field(default_factory=dict)
+    cuda_graphs: bool = True
 
     def denoiser(self, condition: Condition) -> Denoise:
         """Return `denoise(x, t)`: (B, C, x, y, z) latent and scalar time in [0, 1000] to the network's prediction.
 
-        Everything that does not change over the steps is computed here, once. With guidance s the prediction is
-        u + s (c - u), as in classifier-free guidance (Ho and Salimans 2022, eq. 6, with s = 1 + w).
+        Everything that does not change over the steps is computed here, once; on CUDA a step is captured as a graph. With
+        guidance s the prediction is u + s (c - u), as in classifier-free guidance (Ho and Salimans 2022, eq. 6, with s = 1 + w).
         """
         on = []
         for name in ("cfg_modality", "cfg_tumor", "cfg_mask"):
@@ -175,11 +177,12 @@ class Networks:
             on += [name] * bool(scale)
         if len(on) > 1 and not condition.compat:
             raise UsageError(f"{on[0]} and {on[1]} are both on", hint="use one guidance at a time")
-        conditional = self._branch(condition, condition.modality, condition.labels)
+        capture = self.capture()
+        conditional = capture(self._branch(condition, condition.modality, condition.labels))
         scale = condition.cfg_modality or condition.cfg_tumor or condition.cfg_mask
         if not scale or scale == 1:
             return conditional
-        unconditional = self._branch(condition, *_taken_away(condition))
+        unconditional = capture(self._branch(condition, *_taken_away(condition)))
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             with_condition = conditional(x, t)
@@ -187,6 +190,13 @@ class Networks:
             return without + scale * (with_condition - without)
 
         return guided
+
+    def capture(self) -> Callable[[Denoise], Denoise]:
+        """Return what turns steps that never run at the same time into CUDA graphs, where there is CUDA and they are wanted."""
+        if self.device.type != "cuda" or not self.cuda_graphs:
+            return lambda step: step
+        pool = torch.cuda.graph_pool_handle()
+        return lambda step: Captured(step, pool)
 
     def _branch(self, condition: Condition, modality: int, labels: Tensor | None) -> Denoise:
         unet, controlnet = self.parts["unet"], self.parts.get("controlnet")
@@ -300,7 +310,7 @@ class Loaded:
 
 def load(
     model: ModelSpec, parts: Collection[str], *, device: torch.device, precision: Precision,
-    files: Mapping[str, Path], fast: bool = True,
+    files: Mapping[str, Path], fast: bool = True, cuda_graphs: bool = True,
 ) -> Networks:  # fmt: skip
     """Build and strictly load the named parts (`vae`, `unet`, `controlnet`, ...) from `files`, ready for inference.
 
@@ -327,7 +337,8 @@ def load(
         modules[part] = inference.laid_out(network, precision.dtype, device) if fast else network.to(device)
     if scale is None:
         raise UsageError(f"model {model.name} has no scale factor", hint="add scale_factor to its file or to the unet weights")
-    return Networks(spec=model, parts=modules, scale_factor=float(scale), device=device, precision=precision, hashes=hashes)
+    return Networks(spec=model, parts=modules, scale_factor=float(scale), device=device, precision=precision, hashes=hashes,
+                    cuda_graphs=cuda_graphs)  # fmt: skip
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

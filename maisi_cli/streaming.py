@@ -25,7 +25,7 @@ from .kernels import LAYOUT, Affine, Moments, convolution
 
 MODES = ("store", "half", "recompute")
 """What a sweep leaves at full resolution: the result of every step, of the first residual block, or nothing."""
-SLAB_BYTES = {"cpu": 2**25, "cuda": 2**28}
+SLAB_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """How large a slab is where nothing else is asked for: large enough for fast convolutions, small beside a volume or a cache."""
 
 Slab = tuple[Tensor, ...]
@@ -337,21 +337,26 @@ def _cut(slab: Slab, planes: int) -> list[Slab]:
     return [tuple(part.clone() for part in parts) for parts in zip(*(x.split(planes, dim=2) for x in slab), strict=True)]
 
 
-def keep_all_but(level: int, mode: str) -> Callable[[Step], bool]:
-    """Return which steps are stored in a mode: all, but those at `level`, the full resolution, as the mode has it."""
+def kept_in(mode: str, full: Callable[[Step], int]) -> Callable[[Step], bool]:
+    """Return which steps are stored in a mode, where `full` says how many halvings a step's result is from full resolution.
+
+    `recompute` stores nothing at full resolution, and one above it the results of residual blocks alone: what an upsampling
+    makes there has twice their channels.
+    """
     if mode == "store":
         return lambda step: True
     if mode == "half":
-        return lambda step: step.level != level or step.ends_block
-    return lambda step: step.level != level
+        return lambda step: full(step) > 0 or step.ends_block
+    return lambda step: full(step) > 1 or (full(step) == 1 and step.ends_block)
 
 
-def thickness(channels: int, y: int, z: int, like: Tensor) -> int:
+def thickness(channels: int, y: int, z: int, like: Tensor, mode: str = "store") -> int:
     """Return how many planes of `channels` times y times z, of the dtype and on the device of `like`, make a slab: a power of two.
 
-    It has about `SLAB_BYTES`, and at least 2 planes.
+    It has about `SLAB_BYTES`, a quarter of that where nothing is stored, and at least 2 planes.
     """
-    planes = SLAB_BYTES.get(like.device.type, SLAB_BYTES["cpu"]) // (channels * y * z * like.dtype.itemsize)
+    size = SLAB_BYTES.get(like.device.type, SLAB_BYTES["cpu"]) // (4 if mode == "recompute" else 1)
+    planes = size // (channels * y * z * like.dtype.itemsize)
     return int(max(2, 1 << (max(planes, 1).bit_length() - 1)))
 
 
@@ -368,10 +373,10 @@ def decoded(vae: Any, latent: Tensor, *, mode: str = "store", planes: int | None
     finest = steps[-1].level
     widest = max(step.channels for step in steps if step.level == finest)
     y, z = (n << finest for n in latent.shape[3:])
-    deep = planes or thickness(widest, y, z, latent)
+    deep = planes or thickness(widest, y, z, latent, mode)
     first = conv_of(vae.post_quant_conv)
     source = functional.conv3d(latent.contiguous(memory_format=LAYOUT), first.weight, first.bias)  # type: ignore[arg-type]
-    keep = keep_all_but(finest, mode)
+    keep = kept_in(mode, lambda step: finest - step.level)
     yield from run(steps, source, keep=keep, planes=lambda step: max(1, deep >> (finest - step.level)), on_step=on_step)
 
 
@@ -382,9 +387,9 @@ def encoded(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None 
         raise ValueError(f"there is no mode {mode!r} of {', '.join(MODES)}")
     steps = steps_of(vae.encoder.blocks)
     widest = max(step.channels for step in steps if step.level == 0)
-    deep = planes or thickness(widest, image.shape[3], image.shape[4], image)
+    deep = planes or thickness(widest, image.shape[3], image.shape[4], image, mode)
     source = image.contiguous(memory_format=LAYOUT)
-    slabs = run(steps, source, keep=keep_all_but(0, mode), planes=lambda step: max(1, deep >> step.level))
+    slabs = run(steps, source, keep=kept_in(mode, lambda step: step.level), planes=lambda step: max(1, deep >> step.level))
     mean = conv_of(vae.quant_conv_mu)
     return torch.cat([functional.conv3d(slab, mean.weight, mean.bias) for slab in slabs], dim=2)  # type: ignore[arg-type]
 

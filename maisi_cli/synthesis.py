@@ -343,13 +343,15 @@ class _Run:
         return {"cfg_tumor": self.settings.cfg_tumor, "labels_without_tumor": torch.from_numpy(without)[None, None]}
 
     def _load(self) -> networks.Networks:
+        dtype, graphs = str(self.plan.choice("dtype")), self.settings.cuda_graphs
+
         def load() -> networks.Networks:
             device = networks.device_named(self.device)
-            precision = networks.Precision.named(str(self.plan.choice("dtype")), device)
+            precision = networks.Precision.named(dtype, device)
             self.tell(Stage(name="load", detail=f"{self.spec.name} on {device}"))
-            return networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files)
+            return networks.load(self.spec, self.parts, device=device, precision=precision, files=self.files, cuda_graphs=graphs)
 
-        nets = self.loaded.get("image", (self.spec.path, self.parts, self.device, self.plan.choice("dtype")), load)
+        nets = self.loaded.get("image", (self.spec.path, self.parts, self.device, dtype, graphs), load)
         self.hashes = nets.hashes
         return nets
 

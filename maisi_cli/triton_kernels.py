@@ -71,6 +71,15 @@ def _doubled(x, y, Y, Z, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(y + (plane * 2 * Y + row) * 2 * Z * C + at, total.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _repeated(x, y, Y, Z, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    plane, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < 2 * Z * C
+    value = tl.load(x + ((plane // 2 * Y + row // 2) * Z + at // C // 2) * C + at % C, mask=inside)
+    tl.store(y + (plane * 2 * Y + row) * 2 * Z * C + at, value, mask=inside)
+
+
 def normalise(rows: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *, silu: bool) -> None:
     """Write rows (N, C) times scale plus shift, and SiLU of it where asked, to `out`; both are contiguous."""
     count = rows.numel()
@@ -108,3 +117,11 @@ def doubled(x: Tensor, out: Tensor) -> None:
     block = 1024
     with torch.cuda.device(x.device):
         _doubled[(out.shape[2], 2 * y, triton.cdiv(2 * z * channels, block))](x, out, y, z, C=channels, BLOCK=block)
+
+
+def repeated(x: Tensor, out: Tensor) -> None:
+    """Write each voxel of (1, C, X, Y, Z) eight times to `out` (1, C, 2 X, 2 Y, 2 Z), both channels-last."""
+    channels, _, y, z = x.shape[1:]
+    block = 1024
+    with torch.cuda.device(x.device):
+        _repeated[(out.shape[2], 2 * y, triton.cdiv(2 * z * channels, block))](x, out, y, z, C=channels, BLOCK=block)

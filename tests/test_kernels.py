@@ -109,6 +109,7 @@ def test_a_network_that_is_laid_out_gives_what_it_gave(dtype: torch.dtype, near:
     fast = inference.laid_out(copy.deepcopy(plain), dtype, CPU)
     given = {"timesteps": torch.tensor([300.0]), "class_labels": torch.tensor([1])}
     x, spacing = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0, 1.0, 2.0]])
+    assert list(fast.state_dict()) == list(plain.state_dict())
     with torch.inference_mode():
         wanted = plain(x=x, spacing_tensor=spacing, **given)
         for name in inference.EXACT:
@@ -117,3 +118,33 @@ def test_a_network_that_is_laid_out_gives_what_it_gave(dtype: torch.dtype, near:
         made = fast(x=x.to(dtype), spacing_tensor=spacing.to(dtype), **given)
     assert made.dtype == dtype
     assert float((made.float() - wanted).norm() / wanted.norm()) < near
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_with_times_of_its_own_is_served(batch: int) -> None:
+    plain = unet()
+    fast = inference.laid_out(copy.deepcopy(plain), torch.float32, CPU)
+    drawn = torch.Generator().manual_seed(0)
+    given = {"x": torch.randn(batch, 4, 8, 8, 8, generator=drawn), "timesteps": torch.tensor([300.0, 700.0])[:batch],
+             "class_labels": torch.tensor([1, 2])[:batch], "spacing_tensor": torch.rand(batch, 3, generator=drawn)}  # fmt: skip
+    with torch.inference_mode():
+        assert torch.allclose(fast(**given), plain(**given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_adds_bias_shift_and_what_lies_beside() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    conv, x = nn.Conv3d(3, 4, 3, padding=1), torch.randn(1, 3, 5, 6, 7, generator=drawn)
+    shift, beside = torch.randn(4, generator=drawn), torch.randn(1, 4, 5, 6, 7, generator=drawn)
+    with torch.inference_mode():
+        wanted = conv(x) + shift[:, None, None, None] + beside
+        assert torch.allclose(kernels.convolution(x, conv, shift=shift, beside=beside), wanted, atol=1e-5)
+        assert torch.equal(kernels.Conv3d.of(conv)(x), conv(x))
+
+
+@given(size=st.tuples(*[st.integers(1, 6)] * 3), batch=st.integers(1, 2))
+@usual
+def test_doubling_is_torch_s_interpolation(size: tuple[int, int, int], batch: int) -> None:
+    x = torch.randn(batch, 3, *size)
+    assert torch.equal(kernels.repeated(x), functional.interpolate(x, scale_factor=2, mode="nearest"))
+    bordered = torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)
+    assert torch.allclose(kernels.doubled(bordered), functional.interpolate(x, scale_factor=2, mode="trilinear"), atol=1e-6)

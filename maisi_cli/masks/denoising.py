@@ -35,7 +35,7 @@ def denoiser(nets: networks.Networks, sizes: Vector, *, compat: bool = False) ->
             made: Tensor = unet(half, timesteps=time, context=context.to(half.dtype).expand(x.shape[0], -1, -1))
         return made.float()
 
-    return denoise
+    return nets.capture()(denoise)
 
 
 def decode(nets: networks.Networks, latent: Tensor, *, sweeps: str = "store", planes: int | None = None) -> NDArray[np.uint8]:

@@ -52,6 +52,7 @@ class Diffusion:
         self.spec, self.device, self.dtype = spec, device, dtype
         self.compat = settings.compat == "reference"
         self.steps = settings.mask_steps
+        self.cuda_graphs = settings.cuda_graphs
         require_parts(spec, MASK_PARTS)
         self.vectors = anatomy_sizes.read_vectors(_vectors_file(spec))
         self.sizes = anatomy_sizes.parse(settings.anatomy_size)
@@ -152,10 +153,11 @@ class Diffusion:
             device = networks.device_named(self.device)
             on_event(Stage(name="load", detail=f"mask networks of {self.spec.name} on {device}"))
             precision = networks.Precision.named(self.dtype, device)
-            return networks.load(self.spec, MASK_PARTS, device=device, precision=precision, files=weights.locate(self.spec, MASK_PARTS))
+            files = weights.locate(self.spec, MASK_PARTS)
+            return networks.load(self.spec, MASK_PARTS, device=device, precision=precision, files=files, cuda_graphs=self.cuda_graphs)
 
         self._loaded = self._loaded or networks.Loaded()
-        self._networks = self._loaded.get("mask", (self.spec.path, self.device, self.dtype), load)
+        self._networks = self._loaded.get("mask", (self.spec.path, self.device, self.dtype, self.cuda_graphs), load)
         return self._networks
 
 
