@@ -74,7 +74,9 @@ def test_a_step_that_cannot_be_captured_is_said_with_the_way_out(stand_in: list[
 
     captured = Captured(step, "pool")
     captured(torch.ones(1), torch.ones(()))
-    with pytest.raises(CannotRun, match=r"cannot be captured as a CUDA graph: operation not permitted when stream is capturing \(add") as error:
+    with pytest.raises(
+        CannotRun, match=r"cannot be captured as a CUDA graph: operation not permitted when stream is capturing \(add"
+    ) as error:
         captured(torch.ones(1), torch.ones(()))
     assert error.value.hint == "add --set cuda_graphs=false"
 

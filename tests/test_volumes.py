@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maisi_cli import __version__, files
+from maisi_cli import __version__, files, volumes
 from maisi_cli.errors import CannotRun, UsageError
 from maisi_cli.geometry import Geometry
 from maisi_cli.volumes import (
@@ -456,3 +458,31 @@ def test_an_eight_bit_image_is_not_taken_for_labels(tmp_path):
     facts = describe(save(tmp_path / "seg.nii", blocks))
     assert facts["kind"] == "label"
     assert facts["labels"] == [{"id": 3, "name": "spleen", "voxels": 11**3, "ml": round(11**3 * 1.5 * 1.5 * 3 / 1000, 3)}]
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3), flip=st.tuples(*[st.booleans()] * 3), dtype=st.sampled_from([np.int16, np.uint8]),
+    block=st.tuples(*[st.integers(1, 5)] * 3), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_blocks_round_clip_and_turn_as_the_whole(
+    shape: tuple[int, int, int], flip: tuple[bool, bool, bool], dtype: Any, block: tuple[int, int, int], seed: int
+) -> None:
+    array = np.random.default_rng(seed).normal(0, 3e4, shape).astype(np.float32)[tuple(slice(None, None, -1 if f else 1) for f in flip)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(volumes, "_BLOCK", block)
+        made = volumes._column_major(array, dtype)
+    limits = np.iinfo(dtype)
+    assert made.dtype == dtype
+    assert made.flags.f_contiguous
+    assert np.array_equal(made, np.clip(np.rint(array), limits.min, limits.max).astype(dtype))
+
+
+def test_a_file_holds_what_nibabel_would_write(tmp_path: Path) -> None:
+    """Another deflate, the same bytes inside."""
+    array = np.random.default_rng(0).integers(-1000, 1000, (7, 5, 6)).astype(np.int16)
+    path = write_image(
+        Volume(array=array, geometry=Geometry(size=(7, 5, 6), spacing=(1.0, 1.5, 2.0)), modality="ct"), tmp_path / "a.nii.gz"
+    )
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), tmp_path / "b.nii")
+    assert gzip.decompress(path.read_bytes()) == (tmp_path / "b.nii").read_bytes()
