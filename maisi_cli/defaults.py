@@ -63,9 +63,15 @@ def register_features(register: Register) -> None:
 
 @hookimpl
 def register_samplers(register: Register) -> None:
-    """Register the samplers of the released models."""
-    register("rflow", "maisi_cli.sampling:euler", summary="rectified flow, Euler steps (rflow models)")
-    register("ddpm", "maisi_cli.sampling:ddpm", summary="reverse diffusion, 1000 steps (ddpm-ct)")
+    """Register the samplers of the released models, and faster ones."""
+    room = "maisi_cli.sampling"
+    register("rflow", f"{room}:euler", summary="rectified flow, Euler steps (rflow models)")
+    register("ab2", f"{room}:adams_bashforth_2", summary="rectified flow, Adams-Bashforth of order 2")
+    register("heun", f"{room}:heun", summary="rectified flow, Heun: two evaluations a step")
+    register("dpm++", f"{room}:dpm_solver_2m", summary="rectified flow, DPM-Solver++(2M)")
+    register("unipc", f"{room}:unipc_2", summary="rectified flow, UniPC of order 2")
+    register("ddpm", f"{room}:ddpm", summary="reverse diffusion, 1000 steps (ddpm-ct)")
+    register("ddim", f"{room}:ddim", summary="reverse diffusion without noise (ddpm-ct)")
 
 
 @hookimpl

@@ -39,10 +39,10 @@ def register_models(register: Register) -> None:
 
 @hookspec
 def register_samplers(register: Register) -> None:
-    """Add samplers (schedulers): `register("heun", "maisi_solvers:heun", summary=...)`.
+    """Add samplers (schedulers): `register("ab3", "maisi_solvers:adams_bashforth_3", summary=...)`.
 
     The target is a function `sampler(denoise, noise, schedule, *, on_step=None, generator=None) -> latent`; see
-    `maisi_cli.sampling.Sampler`. It is chosen with `--scheduler heun`.
+    `maisi_cli.sampling.Sampler`. It is chosen with `--scheduler ab3`.
     """
 
 

@@ -91,6 +91,128 @@ def euler(
     return x
 
 
+def adams_bashforth_2(
+    denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
+) -> Tensor:  # fmt: skip
+    """Extrapolate the velocity from the last two: x <- x + h ((1 + r/2) v - (r/2) v_before), r = h / h_before.
+
+    Adams-Bashforth of order two for steps of any width (Hairer, Norsett and Wanner 1993, III.5); the first step is Euler's.
+    One evaluation of the network per step.
+    """
+    x, before, width_before = noise, None, 0.0
+    for i, (t, width) in enumerate(zip(schedule.times, schedule.widths.tolist(), strict=True)):
+        velocity = denoise(x, t)
+        half = width / width_before / 2 if before is not None else 0.0
+        slope = velocity if before is None else (1 + half) * velocity - half * before
+        x = x + width * slope
+        before, width_before = velocity, width
+        if on_step:
+            on_step(i + 1, len(schedule), x)
+    return x
+
+
+def heun(
+    denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
+) -> Tensor:  # fmt: skip
+    """Average the velocities at both ends of each step, the far end predicted by Euler's method.
+
+    The last step is Euler's, so that the network is never asked at t = 0 (Karras et al. 2022, algorithm 1). Two evaluations
+    of the network per step, one in the last.
+    """
+    x = noise
+    for i, (t, width) in enumerate(zip(schedule.times, schedule.widths.tolist(), strict=True)):
+        velocity = denoise(x, t)
+        ahead = x + width * velocity
+        if i + 1 < len(schedule):
+            ahead = x + width / 2 * (velocity + denoise(ahead, schedule.times[i + 1]))
+        x = ahead
+        if on_step:
+            on_step(i + 1, len(schedule), x)
+    return x
+
+
+def _noise_levels(schedule: Schedule) -> list[float]:
+    """Return the share of noise u at each time and, last, at the end: x = (1 - u) data + u noise."""
+    return [*(float(t) / 1000 for t in schedule.times), 0.0]
+
+
+def _log_ratio(u: float) -> float:
+    """Return log((1 - u) / u), half of the logarithm of the signal-to-noise ratio."""
+    return math.inf if u <= 0 else -math.inf if u >= 1 else math.log((1 - u) / u)
+
+
+def dpm_solver_2m(
+    denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M) for a flow: extrapolate the predicted data from the last two (Lu et al. 2022, algorithm 2).
+
+    The data that a velocity predicts are x + u v, with alpha = 1 - u and sigma = u. The first step, after which the
+    logarithm of alpha / sigma is finite, and the last are of first order. One evaluation of the network per step.
+    """
+    x, before, h_before = noise, None, math.inf
+    levels = _noise_levels(schedule)
+    for i, t in enumerate(schedule.times):
+        u, ahead = levels[i], levels[i + 1]
+        data = x + u * denoise(x, t)
+        h = _log_ratio(ahead) - _log_ratio(u)
+        share = h / h_before / 2 if before is not None and math.isfinite(h) else 0.0  # 1 / (2 r)
+        guess = data if before is None else (1 + share) * data - share * before
+        x = ahead / u * x + ((1 - ahead) - (1 - u) * ahead / u) * guess
+        before, h_before = data, h
+        if on_step:
+            on_step(i + 1, len(schedule), x)
+    return x
+
+
+def unipc_2(
+    denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
+) -> Tensor:  # fmt: skip
+    """UniPC of order two for a flow: what is predicted for the next step corrects the last one (Zhao et al. 2023, algorithm 5).
+
+    Data prediction with B(h) = e^h - 1, as in `dpm_solver_2m`. The first step, whose width in log(alpha / sigma) is infinite,
+    and the last are of first order. One evaluation of the network per step.
+    """
+    levels = _noise_levels(schedule)
+    x = start = noise  # of the step that is corrected: where it began, ...
+    last: Tensor | None = None  # ... the data predicted there, ...
+    older: Tensor | None = None  # ... and before it
+    h_last = h_older = math.inf
+    for i, t in enumerate(schedule.times):
+        u, ahead = levels[i], levels[i + 1]
+        data = x + u * denoise(x, t)
+        if last is not None and math.isfinite(h_last):
+            x = _corrected(start, levels[i - 1], u, h_last, data, last, older if math.isfinite(h_older) else None, h_older)
+        h = _log_ratio(ahead) - _log_ratio(u)
+        slope = (data - last) * (h / h_last) / 2 if last is not None and math.isfinite(h) else None
+        start, (kept, swing) = x, _coefficients(u, ahead)
+        x = kept * x + swing * (data if slope is None else data + slope)
+        last, older, h_last, h_older = data, last, h, h_last
+        if on_step:
+            on_step(i + 1, len(schedule), x)
+    return x
+
+
+def _coefficients(u: float, ahead: float) -> tuple[float, float]:
+    """Return what x and the predicted data are multiplied with in a step of first order."""
+    kept = ahead / u
+    return kept, (1 - ahead) - (1 - u) * kept
+
+
+def _corrected(
+    start: Tensor, u: float, ahead: float, h: float, reached: Tensor, data: Tensor, before: Tensor | None, h_before: float
+) -> Tensor:  # fmt: skip
+    """Return the result of the step from `u` to `ahead` once the data predicted at its end, `reached`, are known."""
+    kept, swing = _coefficients(u, ahead)
+    if before is None:
+        return kept * start + swing * (data + (reached - data) / 2)
+    phi_1 = math.expm1(-h)
+    phi_2 = phi_1 / -h - 1
+    b_1, b_2 = phi_2 / phi_1, (phi_2 / -h - 1 / 2) * 2 / phi_1
+    r = -h_before / h
+    rho = (b_1 - b_2) / (1 - r)
+    return kept * start + swing * (data + rho * (before - data) / r + (b_1 - rho) * (reached - data))
+
+
 def ddpm_alphas() -> Tensor:
     """Return the cumulative products of alpha of the scaled-linear schedule, betas from 0.0015 to 0.0195."""
     betas = torch.linspace(0.0015**0.5, 0.0195**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
@@ -136,6 +258,23 @@ def ddpm(
     return x
 
 
+def ddim(
+    denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
+) -> Tensor:  # fmt: skip
+    """Go from each time to the next without drawing noise: DDIM with eta = 0 (Song et al. 2021, eq. 12; epsilon prediction)."""
+    alphas = ddpm_alphas().to(noise.device)
+    x = noise
+    for i, t in enumerate(schedule.times.tolist()):
+        now = alphas[t]
+        ahead = alphas[int(schedule.times[i + 1])] if i + 1 < len(schedule) else torch.ones((), device=noise.device)
+        epsilon = denoise(x, torch.tensor(float(t)))
+        data = (x - (1 - now) ** 0.5 * epsilon) / now**0.5
+        x = ahead**0.5 * data + (1 - ahead) ** 0.5 * epsilon
+        if on_step:
+            on_step(i + 1, len(schedule), x)
+    return x
+
+
 def _draw(like: Tensor, generator: Noise | None) -> Tensor:
     if callable(generator):
         return generator(like)
@@ -151,16 +290,18 @@ def family_of(sampler: Sampler) -> str:
     return str(getattr(sampler, "family", "flow"))
 
 
-def require_family(spec: ModelSpec, scheduler: str) -> None:
+def require_family(spec: ModelSpec, scheduler: str, *, compat: bool = False) -> None:
     """Refuse a sampler of another family than the one that a model was trained for, which would make noise.
 
-    Raises `UsageError` that names the model's own.
+    With `compat` also those that the reference does not have. Raises `UsageError` that names the model's own.
     """
     samplers, own = plugins().registry("samplers"), str(spec.scheduler.get("name", "rflow"))
     if family_of(samplers.get(scheduler)) != family_of(samplers.get(own)):
         raise UsageError(f"model {spec.name} was trained for the scheduler {own}, of another family than {scheduler}",
                          hint=f"use --scheduler {own}, or leave it out")  # fmt: skip
+    if compat and scheduler not in ("rflow", "ddpm"):
+        raise UsageError(f"the reference has no scheduler {scheduler}", hint=f"use --scheduler {own}, or leave out --compat")
 
 
-ddpm.family = "ddpm"  # type: ignore[attr-defined]
+ddpm.family = ddim.family = "ddpm"  # type: ignore[attr-defined]
 euler.family = "flow"  # type: ignore[attr-defined]

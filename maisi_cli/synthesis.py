@@ -168,7 +168,7 @@ class _Run:
 
     def require(self) -> None:
         """Refuse what this machine cannot do."""
-        sampling.require_family(self.spec, self.settings.scheduler)
+        sampling.require_family(self.spec, self.settings.scheduler, compat=self.settings.compat == "reference")
         require_folder(self.out)
         require_weights(self.spec, self.settings.mode)
         self.files = weights.locate(self.spec, (*self.parts, *self.mask_parts))

@@ -5,14 +5,33 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maisi_cli.catalog import model
 from maisi_cli.errors import UsageError
-from maisi_cli.sampling import FAMILIES, Schedule, ddpm, ddpm_alphas, ddpm_schedule, euler, family_of, flow_schedule, initial_noise
+from maisi_cli.sampling import (
+    FAMILIES,
+    Sampler,
+    Schedule,
+    adams_bashforth_2,
+    ddim,
+    ddpm,
+    ddpm_alphas,
+    ddpm_schedule,
+    dpm_solver_2m,
+    euler,
+    family_of,
+    flow_schedule,
+    heun,
+    initial_noise,
+    require_family,
+    unipc_2,
+)
 from maisi_cli.train import TrainSettings
 from maisi_cli.train.diffusion import draw_times, mix
 from torch import Tensor
@@ -249,3 +268,122 @@ def test_no_steps_are_refused(steps: int) -> None:
 def test_ddpm_has_no_more_than_its_1000_steps() -> None:
     with pytest.raises(UsageError, match="1 to 1000"):
         ddpm_schedule(1001)
+
+
+# --- faster samplers --------------------------------------------------------------------------
+
+FLOWS = [adams_bashforth_2, heun, dpm_solver_2m, unipc_2]
+LATENT = (32, 32, 16)
+
+
+def gaussian(deviation: float, mean: float) -> Any:
+    """Return the exact velocity of a flow to N(mean, deviation^2): E[data - noise | x] at u, linear in x (closed form)."""
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        u = t.double() / 1000
+        a, variance = 1 - u, (1 - u) ** 2 * deviation**2 + u**2
+        away = x - a * mean
+        return mean + (a * deviation**2 - u) / variance * away
+
+    return field
+
+
+def end(deviation: float, mean: float, noise: Tensor) -> Tensor:
+    """Return where the exact flow to N(mean, deviation^2) takes noise: mean + deviation * noise."""
+    return mean + deviation * noise
+
+
+@pytest.mark.parametrize("sampler", FLOWS)
+def test_second_order_samplers_are_of_second_order(sampler: Sampler) -> None:
+    noise = torch.tensor([0.7, -1.3, 2.0], dtype=torch.float64)
+
+    def error(steps: int) -> float:
+        return float((sampler(gaussian(0.5, 1.0), noise, flow_schedule(steps, LATENT)) - end(0.5, 1.0, noise)).abs().max())
+
+    assert math.log2(error(100) / error(200)) == pytest.approx(2, abs=0.35)
+    assert error(30) < float((euler(gaussian(0.5, 1.0), noise, flow_schedule(30, LATENT)) - end(0.5, 1.0, noise)).abs().max()) / 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(steps=st.integers(1, 9), size=st.tuples(*[st.integers(4, 128)] * 3))
+def test_adams_bashforth_is_exact_after_its_first_step_for_a_velocity_that_is_linear_in_time(steps: int, size: tuple[int, ...]) -> None:
+    """Steps of any width: only the first, Euler's, is off, by half of the slope times its width squared."""
+    schedule = flow_schedule(steps, size)
+    made = adams_bashforth_2(lambda _x, t: t.double() / 1000, torch.zeros((), dtype=torch.float64), schedule)
+    assert float(made) == pytest.approx(0.5 + float(schedule.widths[0]) ** 2 / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("sampler", FLOWS)
+def test_with_one_step_every_flow_sampler_is_euler(sampler: Sampler) -> None:
+    noise, schedule = torch.tensor([0.7, -1.3], dtype=torch.float64), flow_schedule(1, LATENT)
+    field = gaussian(0.5, 1.0)
+    assert torch.allclose(sampler(field, noise, schedule), euler(field, noise, schedule), atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", FLOWS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_straight_paths_are_exact_in_any_number_of_steps(sampler: Sampler, steps: int) -> None:
+    noise, data = torch.tensor([0.5, 2.0], dtype=torch.float64), torch.tensor([3.0, -1.0], dtype=torch.float64)
+    made = sampler(lambda _x, _t: data - noise, noise, flow_schedule(steps, LATENT))
+    assert torch.allclose(made, data, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [(adams_bashforth_2, 5), (heun, 9), (dpm_solver_2m, 5), (unipc_2, 5)])
+def test_evaluations_are_counted_and_never_at_the_end(sampler: Sampler, calls: int) -> None:
+    asked: list[float] = []
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return -x
+
+    sampler(field, torch.ones(1), flow_schedule(5, LATENT))
+    assert len(asked) == calls
+    assert min(asked) > 0
+
+
+def exact_epsilon(deviation: float) -> Any:
+    """Return E[epsilon | x_t] for data from N(0, deviation^2): sqrt(1 - a) x / (a deviation^2 + 1 - a)."""
+    alphas = ddpm_alphas().double()
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        a = alphas[int(t)]
+        return (1 - a).sqrt() * x / (a * deviation**2 + 1 - a)
+
+    return field
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.0])
+def test_ddim_follows_the_flow_to_the_data_and_draws_no_noise(deviation: float) -> None:
+    """For Gaussian data the probability flow scales each value, to the deviation of the data at the end."""
+    noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    first = float(ddpm_alphas()[999])
+    at_start = (first * deviation**2 + 1 - first) ** 0.5
+    exact = noise / at_start * deviation
+
+    def error(steps: int) -> float:
+        made = ddim(exact_epsilon(deviation), noise, ddpm_schedule(steps), generator=_must_not_draw)
+        return float((made - exact).abs().max() / exact.abs().max())
+
+    assert error(1000) < 0.03
+    assert error(1000) < error(200) < error(50) < error(10) < 1
+
+
+def _must_not_draw(like: Tensor) -> Tensor:
+    raise AssertionError("DDIM with eta = 0 draws nothing")
+
+
+def test_ddpm_ends_with_the_deviation_of_the_data() -> None:
+    noise = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    made = ddpm(exact_epsilon(0.5), noise, ddpm_schedule(200), generator=torch.Generator().manual_seed(1))
+    assert float(made.std()) == pytest.approx(0.5, rel=0.06)
+
+
+def test_the_reference_has_none_of_these() -> None:
+    rflow = model("rflow-ct")
+    require_family(rflow, "ab2")
+    require_family(rflow, "rflow", compat=True)
+    with pytest.raises(UsageError, match="the reference has no scheduler ab2"):
+        require_family(rflow, "ab2", compat=True)
+    with pytest.raises(UsageError, match="of another family than ddim"):
+        require_family(rflow, "ddim")
+    require_family(model("ddpm-ct"), "ddim")
