@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..networks import binarise, build
 from ..weights import load_state
-from . import TrainSettings
 from .diffusion import DiffusionTask, latent_list
+from .settings import TrainSettings
 
 
 class Pair(nn.Module):

@@ -16,9 +16,9 @@ from ..catalog import model as find_model
 from ..errors import UsageError
 from ..networks import build
 from ..weights import load_state
-from . import TrainSettings
 from .data import Case, read_list, split
 from .losses import distance
+from .settings import TrainSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from ..errors import MaisiError, UsageError
 from ..events import Note, OnEvent, Saved, Stage, Step, Stopped
 from ..files import refuse_overwriting, write_atomic
 from ..weights import save_state
-from . import TrainSettings
+from .settings import TrainSettings
 
 STATE = "state.pt"
 LOG = "log.jsonl"

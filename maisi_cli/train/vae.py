@@ -17,9 +17,9 @@ from ..errors import UsageError
 from ..networks import build
 from ..volumes import read_image
 from ..weights import load_state
-from . import TrainSettings
 from .data import intensity, read_list, split
 from .losses import distance, edge_distance, kl_divergence, window
+from .settings import TrainSettings
 
 
 class VaeTask:

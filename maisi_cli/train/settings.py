@@ -1,0 +1,99 @@
+"""The settings of a training run and how a preset's `[train]` table becomes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, unknown
+
+KINDS = ("vae", "dm", "controlnet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """The settings of a training run: `[train]` of a preset under `presets/train/`, overridden by `--set train.KEY=`.
+
+    A run ends after `steps`, or earlier after `max_minutes`; the learning rate rises over `warmup_steps` and falls to
+    `lr * final_lr` along a cosine of whichever of the two is further on.
+    """
+
+    kind: str
+    model: str = "nano-ct"
+    # the run
+    steps: int = 1000
+    max_minutes: float | None = None
+    batch_size: int = 1
+    lr: float = 1e-4
+    final_lr: float = 0.02
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "no"
+    seed: int = 0
+    validate_every: int = 250
+    save_every: int = 250
+    keep_last: int = 1
+    device: str = "auto"
+    # weights to start from
+    vae: str | None = None
+    unet: str | None = None
+    init: str | None = None
+    # what is drawn
+    crops: tuple[tuple[int, int, int], ...] = ((64, 64, 64),)
+    whole_share: float = 0.0
+    # the autoencoder
+    loss: str = "l1"
+    kl_weight: float = 1e-7
+    window_weight: float = 0.0
+    edge_weight: float = 0.0
+    freeze_encoder: bool = False
+    latent_noise: float = 0.0
+    # the diffusion model
+    modality_dropout: float = 0.1
+    timesteps: str = "uniform"
+    time_shift: float = 1.0
+    # the ControlNet
+    train_unet: bool = False
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("training", self.kind, KINDS, see="maisi train --help")
+        for name, allowed in (("loss", ("l1", "l2")), ("timesteps", ("uniform", "logit-normal")),
+                              ("precision", ("no", "bf16", "fp16"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
+        for name in ("steps", "batch_size", "lr", "time_shift", "validate_every", "save_every"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be larger than 0")
+        if self.latent_noise < 0:
+            raise UsageError(f"train.latent_noise is {self.latent_noise}", hint="use a share of the latent's deviation, such as 0.2, or 0")
+
+
+def settings_from(kind: str, preset: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainSettings:
+    """Read the `[train]` table of a preset (a name under `presets/train/`, or a `.toml` file) and apply overrides.
+
+    Override keys are field names, with or without the prefix `train.`. Raises `UsageError` for an unknown key.
+    """
+    from ..presets import train_preset
+
+    table = dict(train_preset(str(preset)))
+    for key, value in (overrides or {}).items():
+        table[key.removeprefix("train.")] = value
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    for key in table:
+        if key not in known:
+            raise unknown("training setting", key, known, see="maisi train --help")
+    table = {key: _frozen(value) for key, value in table.items()}
+    if table.setdefault("kind", kind) != kind:
+        raise UsageError(f"preset {preset} trains {table['kind']}, not {kind}", hint=f"use  maisi train {table['kind']}")
+    return TrainSettings(**table)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
