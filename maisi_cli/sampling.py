@@ -2,11 +2,13 @@
 
 A sampler is a function `sampler(denoise, noise, schedule, *, on_step=None, generator=None) -> latent`. `denoise(x, t)`
 returns the network's prediction for a latent (B, 4, x, y, z) at a time t in [0, 1000]; for rectified flow that is the
-velocity data - noise, for DDPM it is the noise.
+velocity data - noise, for DDPM it is the noise. A flow is never asked at t = 0. A sampler may have the attributes `family`
+(`flow`, `ddpm`) and `evaluations`, a function from its steps to how often it asks.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,18 +148,17 @@ def dpm_solver_2m(
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) for a flow: extrapolate the predicted data from the last two (Lu et al. 2022, algorithm 2).
 
-    The data that a velocity predicts are x + u v, with alpha = 1 - u and sigma = u. The first step, after which the
-    logarithm of alpha / sigma is finite, and the last are of first order. One evaluation of the network per step.
+    The data that a velocity predicts are x + u v, with alpha = 1 - u and sigma = u. The first two steps (log(alpha / sigma) is
+    infinite where the path begins) and the last are of first order. One evaluation of the network per step.
     """
-    x, before, h_before = noise, None, math.inf
-    levels = _noise_levels(schedule)
-    for i, t in enumerate(schedule.times):
-        u, ahead = levels[i], levels[i + 1]
+    x = before = noise
+    levels, h_before = _noise_levels(schedule), math.inf
+    for i, (t, (u, ahead)) in enumerate(zip(schedule.times, itertools.pairwise(levels), strict=True)):
         data = x + u * denoise(x, t)
         h = _log_ratio(ahead) - _log_ratio(u)
-        share = h / h_before / 2 if before is not None and math.isfinite(h) else 0.0  # 1 / (2 r)
-        guess = data if before is None else (1 + share) * data - share * before
-        x = ahead / u * x + ((1 - ahead) - (1 - u) * ahead / u) * guess
+        r = h_before / h if math.isfinite(h) else math.inf
+        kept, gain = _first_order(u, ahead)
+        x = kept * x + gain * (data + (data - before) / (2 * r))
         before, h_before = data, h
         if on_step:
             on_step(i + 1, len(schedule), x)
@@ -167,50 +168,58 @@ def dpm_solver_2m(
 def unipc_2(
     denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
 ) -> Tensor:  # fmt: skip
-    """UniPC of order two for a flow: what is predicted for the next step corrects the last one (Zhao et al. 2023, algorithm 5).
+    """UniPC of order two for a flow: predict a step, correct it with the data predicted at its end (Zhao et al. 2023, algorithm 5).
 
-    Data prediction with B(h) = e^h - 1, as in `dpm_solver_2m`. The first step, whose width in log(alpha / sigma) is infinite,
-    and the last are of first order. One evaluation of the network per step.
+    Data prediction with B(h) = e^h - 1, for which the predictor is `dpm_solver_2m`. The corrector (UniC-2) integrates the
+    parabola through the data predicted before, at, and after a step; that of the first step is UniC-1, and the last step has
+    none. One evaluation of the network per step: what is predicted for the end of a step also serves the next.
     """
+    x, h_before = noise, math.inf
     levels = _noise_levels(schedule)
-    x = start = noise  # of the step that is corrected: where it began, ...
-    last: Tensor | None = None  # ... the data predicted there, ...
-    older: Tensor | None = None  # ... and before it
-    h_last = h_older = math.inf
-    for i, t in enumerate(schedule.times):
-        u, ahead = levels[i], levels[i + 1]
-        data = x + u * denoise(x, t)
-        if last is not None and math.isfinite(h_last):
-            x = _corrected(start, levels[i - 1], u, h_last, data, last, older if math.isfinite(h_older) else None, h_older)
+    data = before = x + levels[0] * denoise(x, schedule.times[0])
+    for i, (u, ahead) in enumerate(itertools.pairwise(levels)):
         h = _log_ratio(ahead) - _log_ratio(u)
-        slope = (data - last) * (h / h_last) / 2 if last is not None and math.isfinite(h) else None
-        start, (kept, swing) = x, _coefficients(u, ahead)
-        x = kept * x + swing * (data if slope is None else data + slope)
-        last, older, h_last, h_older = data, last, h, h_last
+        kept, gain = _first_order(u, ahead)
+        back = h_before / h if math.isfinite(h) else math.inf  # where the data before lie, in widths of this step
+        slope = (data - before) / back
+        reached = kept * x + gain * (data + slope / 2)
+        if i + 1 < len(schedule):
+            following = reached + ahead * denoise(reached, schedule.times[i + 1])
+            first, second = _moments(h)
+            bend = (following - data - slope) / (1 + back)
+            reached = kept * x + gain * (data + first * (following - data) + (second - first) * bend)
+            data, before, h_before = following, data, h
+        x = reached
         if on_step:
             on_step(i + 1, len(schedule), x)
     return x
 
 
-def _coefficients(u: float, ahead: float) -> tuple[float, float]:
+def _noise_levels(schedule: Schedule) -> list[float]:
+    """Return the share of noise u at each time and, last, at the end: x = (1 - u) data + u noise."""
+    return [*(float(t) / 1000 for t in schedule.times), 0.0]
+
+
+def _log_ratio(u: float) -> float:
+    """Return log((1 - u) / u), half of the logarithm of the signal-to-noise ratio."""
+    return math.inf if u <= 0 else -math.inf if u >= 1 else math.log((1 - u) / u)
+
+
+def _first_order(u: float, ahead: float) -> tuple[float, float]:
     """Return what x and the predicted data are multiplied with in a step of first order."""
     kept = ahead / u
     return kept, (1 - ahead) - (1 - u) * kept
 
 
-def _corrected(
-    start: Tensor, u: float, ahead: float, h: float, reached: Tensor, data: Tensor, before: Tensor | None, h_before: float
-) -> Tensor:  # fmt: skip
-    """Return the result of the step from `u` to `ahead` once the data predicted at its end, `reached`, are known."""
-    kept, swing = _coefficients(u, ahead)
-    if before is None:
-        return kept * start + swing * (data + (reached - data) / 2)
-    phi_1 = math.expm1(-h)
-    phi_2 = phi_1 / -h - 1
-    b_1, b_2 = phi_2 / phi_1, (phi_2 / -h - 1 / 2) * 2 / phi_1
-    r = -h_before / h
-    rho = (b_1 - b_2) / (1 - r)
-    return kept * start + swing * (data + rho * (before - data) / r + (b_1 - rho) * (reached - data))
+def _moments(h: float) -> tuple[float, float]:
+    """Return the mean of p and of p^2 over a step, p from 0 to 1, weighted with e^(h p) as the exact solution weights the data.
+
+    A step of infinite width has the 1/2 of UniC-1; its second moment has no part in it.
+    """
+    if math.isinf(h):
+        return 0.5, 0.5
+    first = -1 / math.expm1(-h) - 1 / h
+    return first, -1 / math.expm1(-h) - 2 / h * first
 
 
 def ddpm_alphas() -> Tensor:
@@ -290,6 +299,12 @@ def family_of(sampler: Sampler) -> str:
     return str(getattr(sampler, "family", "flow"))
 
 
+def evaluations_of(sampler: Sampler, steps: int) -> int:
+    """Return how often a sampler asks the network in `steps` steps: what its attribute `evaluations` says, else once a step."""
+    count: Callable[[int], int] = getattr(sampler, "evaluations", int)
+    return count(steps)
+
+
 def require_family(spec: ModelSpec, scheduler: str, *, compat: bool = False) -> None:
     """Refuse a sampler of another family than the one that a model was trained for, which would make noise.
 
@@ -305,3 +320,4 @@ def require_family(spec: ModelSpec, scheduler: str, *, compat: bool = False) -> 
 
 ddpm.family = ddim.family = "ddpm"  # type: ignore[attr-defined]
 euler.family = "flow"  # type: ignore[attr-defined]
+heun.evaluations = lambda steps: 2 * steps - 1  # type: ignore[attr-defined]

@@ -216,6 +216,8 @@ VALUES = [
     (f"{TINY_VOLUME} --scheduler ddpm --dry-run", "trained for the scheduler rflow", "--scheduler rflow"),
     ("generate --model ddpm-ct --scheduler rflow --dry-run", "trained for the scheduler ddpm", "--scheduler ddpm"),
     (f"{TINY_VOLUME} --scheduler ddpm", "trained for the scheduler rflow", "--scheduler rflow"),
+    (f"{TINY_VOLUME} --scheduler ab2 --compat reference --dry-run", "the reference has no scheduler ab2", "--scheduler rflow"),
+    (f"{TINY_VOLUME} --scheduler ab2 --compat reference", "the reference has no scheduler ab2", "--scheduler rflow"),
     ("generate --mode image --anatomy liver", "--mode image makes no mask", "leave --anatomy out"),
     (f"{TINY_VOLUME} --name a/b", "makes the file name 'a/b'", "slashes"),
     (f"{TINY_VOLUME} --name .hidden", "makes the file name '.hidden'", "leading dots"),

@@ -148,7 +148,7 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
     if chosen.scheduler != spec.scheduler.get("name", "rflow"):
         from .. import sampling
 
-        sampling.require_family(spec, chosen.scheduler)
+        sampling.require_family(spec, chosen.scheduler, compat=chosen.compat == "reference")
     try:
         settings.require_weights(spec, chosen.mode)
         if spec.parts_for(chosen.mode):

@@ -56,3 +56,8 @@ def midpoint(
         if on_step:
             on_step(i + 1, len(schedule), x)
     return x
+
+
+# how often the network is asked in so many steps, as `maisi_cli.sampling.evaluations_of` reads it
+adams_bashforth_3.evaluations = lambda steps: steps + 1  # type: ignore[attr-defined]
+midpoint.evaluations = lambda steps: 2 * steps  # type: ignore[attr-defined]
