@@ -25,6 +25,7 @@ from maisi_cli.sampling import (
     ddpm_schedule,
     dpm_solver_2m,
     euler,
+    evaluations_of,
     family_of,
     flow_schedule,
     heun,
@@ -337,7 +338,7 @@ def test_evaluations_are_counted_and_never_at_the_end(sampler: Sampler, calls: i
         return -x
 
     sampler(field, torch.ones(1), flow_schedule(5, LATENT))
-    assert len(asked) == calls
+    assert len(asked) == calls == evaluations_of(sampler, 5)
     assert min(asked) > 0
 
 
@@ -372,10 +373,75 @@ def _must_not_draw(like: Tensor) -> Tensor:
     raise AssertionError("DDIM with eta = 0 draws nothing")
 
 
-def test_ddpm_ends_with_the_deviation_of_the_data() -> None:
-    noise = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    made = ddpm(exact_epsilon(0.5), noise, ddpm_schedule(200), generator=torch.Generator().manual_seed(1))
-    assert float(made.std()) == pytest.approx(0.5, rel=0.06)
+@pytest.mark.parametrize("steps", [3, 40, 1000])
+def test_ddpm_of_gaussian_data_has_the_variance_of_its_chain(steps: int) -> None:
+    """Each step scales x and adds noise: the variance follows a recursion of two numbers (Ho et al. 2020, eq. 7), in float64."""
+    deviation, alphas, times = 0.5, ddpm_alphas().double().tolist(), ddpm_schedule(steps).times.tolist()
+    noise = torch.randn(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = float(noise.var())
+    for t, ahead in zip(times, [*times[1:], None], strict=True):
+        a, b = alphas[t], 1.0 if ahead is None else alphas[ahead]
+        data = a**0.5 * deviation**2 / (a * deviation**2 + 1 - a)  # E[data | x] / x
+        scale = b**0.5 * (1 - a / b) / (1 - a) * data + (a / b) ** 0.5 * (1 - b) / (1 - a)
+        wanted = scale**2 * wanted + (1 - b) / (1 - a) * (1 - a / b)
+    made = ddpm(exact_epsilon(deviation), noise, ddpm_schedule(steps), generator=torch.Generator().manual_seed(1))
+    assert float(made.var()) == pytest.approx(wanted, rel=0.03)
+    assert steps < 1000 or wanted == pytest.approx(deviation**2, rel=0.05)  # the smaller of the two fixed variances
+
+
+def test_ddim_keeps_the_noise_of_a_known_image_and_recovers_it_in_any_number_of_steps() -> None:
+    data, noise, alphas = torch.tensor([3.0, -1.0], dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64), ddpm_alphas()
+    for steps in (1, 2, 7):
+        times, seen = ddpm_schedule(steps).times.tolist(), []
+        start = float(alphas[999]) ** 0.5 * data + (1 - float(alphas[999])) ** 0.5 * noise
+        ddim(lambda x, t: (x - alphas[int(t)] ** 0.5 * data) / (1 - alphas[int(t)]) ** 0.5, start, ddpm_schedule(steps),
+             on_step=lambda _i, _n, x, seen=seen: seen.append(x))  # fmt: skip
+        for t, x in zip(times[1:], seen, strict=False):
+            assert torch.allclose(x, alphas[t] ** 0.5 * data + (1 - alphas[t]) ** 0.5 * noise, atol=1e-4)
+        assert torch.allclose(seen[-1], data, atol=1e-4)
+
+
+def told(sampler: Sampler, data: Any, schedule: Schedule) -> list[float]:
+    """Return where each step ends when the data that the network predicts depend on log(alpha / sigma) alone."""
+    seen: list[float] = []
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        u = float(t) / 1000
+        return (data(math.log((1 - u) / u) if u < 1 else -3.0) - x) / u
+
+    sampler(field, torch.zeros((), dtype=torch.float64), schedule, on_step=lambda _i, _n, x: seen.append(float(x)))
+    return seen
+
+
+def exact_step(data: Any, start: float, u: float, ahead: float) -> float:
+    """Integrate the step: x' = (sigma'/sigma) x + sigma' times the integral of e^l data(l), l = log(alpha / sigma)."""
+    low, high = math.log((1 - u) / u), math.log((1 - ahead) / ahead)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    places = (high + low) / 2 + (high - low) / 2 * nodes
+    return ahead / u * start + ahead * float((weights * np.exp(places) * np.array([data(each) for each in places])).sum()) * (high - low) / 2
+
+
+def test_the_corrector_of_unipc_is_exact_for_data_that_are_a_parabola_in_its_time() -> None:
+    def parabola(place: float) -> float:
+        return 0.3 - 0.7 * place + 0.2 * place**2
+
+    schedule = flow_schedule(7, LATENT)
+    made, levels = told(unipc_2, parabola, schedule), [float(t) / 1000 for t in schedule.times]
+    for i in range(2, 6):  # the first two steps begin in the infinite, the last has no corrector
+        assert made[i] == pytest.approx(exact_step(parabola, made[i - 1], levels[i], levels[i + 1]), rel=1e-9)
+    assert made[6] == pytest.approx(parabola(math.log((1 - levels[6]) / levels[6])))
+
+
+def test_dpm_solver_takes_the_data_in_the_middle_of_a_step_from_the_line_through_the_last_two() -> None:
+    def line(place: float) -> float:
+        return 0.3 - 0.7 * place
+
+    schedule = flow_schedule(7, LATENT)
+    made, levels = told(dpm_solver_2m, line, schedule), [float(t) / 1000 for t in schedule.times]
+    for i in range(2, 6):
+        low, high = (math.log((1 - u) / u) for u in levels[i : i + 2])
+        middle = line((low + high) / 2)
+        assert made[i] == pytest.approx(exact_step(lambda _place, middle=middle: middle, made[i - 1], levels[i], levels[i + 1]), rel=1e-9)
 
 
 def test_the_reference_has_none_of_these() -> None:
