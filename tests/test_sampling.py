@@ -418,7 +418,8 @@ def exact_step(data: Any, start: float, u: float, ahead: float) -> float:
     low, high = math.log((1 - u) / u), math.log((1 - ahead) / ahead)
     nodes, weights = np.polynomial.legendre.leggauss(40)
     places = (high + low) / 2 + (high - low) / 2 * nodes
-    return ahead / u * start + ahead * float((weights * np.exp(places) * np.array([data(each) for each in places])).sum()) * (high - low) / 2
+    integral = float((weights * np.exp(places) * np.array([data(each) for each in places])).sum()) * (high - low) / 2
+    return ahead / u * start + ahead * integral
 
 
 def test_the_corrector_of_unipc_is_exact_for_data_that_are_a_parabola_in_its_time() -> None:
