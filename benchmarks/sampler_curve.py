@@ -163,7 +163,10 @@ def steps_for(sampler: sampling.Sampler, evaluations: int) -> int:
 
 
 def fid(real: Rows, made: Rows, resamples: int) -> dict[str, Any]:
-    """Return the FID averaged over the planes and its 95 % interval from resampling the volumes of both, as `maisi fid` does."""
+    """Return the FID averaged over the planes and its 95 % interval from resampling the volumes of both, as `maisi fid` does.
+
+    Equal numbers of volumes are drawn alike in every call: `resampled` of two settings differ by the setting alone.
+    """
     draws = [distances.bootstrap_weights(len(each["xy"]), resamples, k) for k, each in enumerate((real, made))]
     planes, samples = {}, np.zeros((resamples, len(PLANES)))
     for column, plane in enumerate(PLANES):
@@ -174,7 +177,8 @@ def fid(real: Rows, made: Rows, resamples: int) -> dict[str, Any]:
         samples[:, column] = [distances.frechet(one, other) for one, other in zip(*drawn, strict=True)]
     value, means = float(np.mean(list(planes.values()))), samples.mean(axis=1)
     low, high = (float(each) for each in np.percentile(means, (2.5, 97.5)) - means.mean())
-    return {"fid": value, "ci95": [max(0.0, value + low), value + high], "planes": planes}
+    drawn = [round(float(each), 4) for each in means]
+    return {"fid": value, "ci95": [max(0.0, value + low), value + high], "planes": planes, "resampled": drawn}
 
 
 def started(out: Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -222,6 +226,27 @@ def plot(lines: Sequence[Mapping[str, Any]]) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT + 24}" font-family="sans-serif" font-size="12">\n'
             f'<rect width="100%" height="100%" fill="white"/>\n<text x="{LEFT}" y="16" font-weight="bold">{title}</text>\n'
             f'<g transform="translate(0 20)">\n{left}\n</g>\n<g transform="translate({WIDTH} 20)">\n{right}\n</g>\n</svg>\n')  # fmt: skip
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the lines as Markdown, with the difference of each FID from that of `rflow` with the most evaluations.
+
+    Its 95 % interval is of the same resamples on both sides, so that what all images share falls out.
+    """
+    points = [line for line in lines[1:] if line["sampler"] != "rendered"]
+    against = max((line for line in points if line["sampler"] == "rflow"), key=lambda line: line["evaluations"], default=None)
+    rows = ["| sampler | evaluations | FID | less that of rflow | distance from the exact path |", "|---|---|---|---|---|"]
+    for line in sorted(points, key=lambda line: (line["sampler"], line["evaluations"])):
+        apart = ""
+        if against is not None and line is not against:
+            value = line["fid"] - against["fid"]
+            drawn = np.subtract(line["resampled"], against["resampled"])
+            low, high = value + np.percentile(drawn, (2.5, 97.5)) - drawn.mean()
+            apart = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+        low, high = line["ci95"]
+        found = f"{line['fid']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append(f"| `{line['sampler']}` | {line['evaluations']} | {found} | {apart} | {line['path_error']:.4f} |")
+    return "\n".join(rows)
 
 
 def panel(points: Sequence[Mapping[str, Any]], key: str, title: str, floor: float | None = None) -> str:
@@ -291,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     second.add_argument("--device", default="auto")
     second.add_argument("--dtype", default="auto")
     second.add_argument("--resamples", type=int, default=60, help="of the interval")
-    third = doing.add_parser("plot", help="draw the lines as SVG")
+    third = doing.add_parser("plot", help="draw the lines as SVG, and print them as a Markdown table")
     third.add_argument("lines", type=Path)
     third.add_argument("--out", type=Path, required=True, metavar="FILE.svg")
     chosen = vars(parser.parse_args(arguments))
@@ -302,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif do == "run":
             run(inputs, **chosen)
         else:
-            chosen["out"].write_text(plot(read(chosen["lines"])), "utf-8")
+            lines = read(chosen["lines"])
+            chosen["out"].write_text(plot(lines), "utf-8")
+            print(table(lines))
     except MaisiError as error:
         parser.exit(error.exit_code, f"error: {error.message}\nhint: {error.hint}\n")
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import typer
 from maisi_cli import cli
-from maisi_cli.plugins import plugins
+from maisi_cli.plugins import load, plugins
 from maisi_cli.quality import ct_table
+from maisi_cli.sampling import evaluations_of, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY = (ROOT / "docs" / "quality.md").read_text("utf-8")
@@ -113,3 +114,19 @@ def test_the_page_on_quality_has_the_bounds_of_the_table() -> None:
 
 def test_the_flags_on_the_page_on_quality_exist() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", QUALITY)) - options() == set()
+
+
+# --- samplers.md ----------------------------------------------------------------------------------
+
+
+def test_the_table_of_samplers_is_that_of_the_program() -> None:
+    """Every built-in sampler has a row with its family and how often it asks the network."""
+    text = (ROOT / "docs" / "samplers.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| .* \| ([^|]+) \| [^|]+ \|$", text, flags=re.M)
+    registry = load("").registry("samplers")
+    asked = {"n": lambda n: n, "2 n - 1": lambda n: 2 * n - 1}
+    assert {name for name, *_ in rows} == set(registry.names())
+    for name, family, count in rows:
+        sampler = registry.get(name)
+        assert family_of(sampler) == family
+        assert [evaluations_of(sampler, n) for n in (1, 5)] == [asked[count](n) for n in (1, 5)], name

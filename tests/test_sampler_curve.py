@@ -90,6 +90,8 @@ def test_a_run_goes_on_where_it_was_cut_off_and_refuses_other_settings(curve: Mo
     assert run(curve, folder, out) == lines
     with pytest.raises(UsageError, match="another resamples"):
         run(curve, folder, out, resamples=5)
+    rows = curve.table(lines).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| `heun`"] * 2 + ["| `rflow`"] * 2
     picture = ElementTree.fromstring(curve.plot(lines))
     assert [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")].count("heun") == 2
 
@@ -106,6 +108,17 @@ def test_fid_is_that_of_all_slices_averaged_over_planes(curve: ModuleType) -> No
     whole = [distances.frechet(*(distances.Moments.of(side[plane].reshape(-1, 4)) for side in (real, made))) for plane in PLANES]
     assert curve.fid(real, made, 3)["fid"] == pytest.approx(np.mean(whole))
     assert curve.fid(real, real, 3)["fid"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_difference_is_of_the_same_resamples(curve: ModuleType) -> None:
+    """What shifts every resample alike has a difference without spread, however wide the intervals are."""
+    drawn = [3.0, 9.0, 15.0]
+    lines = [{}, {"sampler": "rflow", "evaluations": 30, "fid": 10.0, "ci95": [4.0, 16.0], "path_error": 0.1, "resampled": drawn},
+             {"sampler": "ab2", "evaluations": 10, "fid": 12.5, "ci95": [6.5, 18.5], "path_error": 0.1,
+              "resampled": [each + 2 for each in drawn]}]  # fmt: skip
+    ours, theirs = curve.table(lines).splitlines()[2:]
+    assert ours == "| `ab2` | 10 | 12.50 (6.50 to 18.50) | +2.50 (+2.50 to +2.50) | 0.1000 |"
+    assert theirs == "| `rflow` | 30 | 10.00 (4.00 to 16.00) |  | 0.1000 |"
 
 
 def test_steps_are_as_many_as_the_evaluations_allow(curve: ModuleType) -> None:
