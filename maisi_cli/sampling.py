@@ -133,16 +133,6 @@ def heun(
     return x
 
 
-def _noise_levels(schedule: Schedule) -> list[float]:
-    """Return the share of noise u at each time and, last, at the end: x = (1 - u) data + u noise."""
-    return [*(float(t) / 1000 for t in schedule.times), 0.0]
-
-
-def _log_ratio(u: float) -> float:
-    """Return log((1 - u) / u), half of the logarithm of the signal-to-noise ratio."""
-    return math.inf if u <= 0 else -math.inf if u >= 1 else math.log((1 - u) / u)
-
-
 def dpm_solver_2m(
     denoise: Denoise, noise: Tensor, schedule: Schedule, *, on_step: OnStep | None = None, generator: Noise | None = None
 ) -> Tensor:  # fmt: skip
