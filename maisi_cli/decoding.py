@@ -12,6 +12,7 @@ from torch import Tensor
 from . import streaming
 from .catalog import modality as find_modality
 from .errors import UsageError
+from .estimates import windows
 from .events import OnEvent, Step, ignore
 from .networks import Networks
 
@@ -67,7 +68,7 @@ def decode_window(call, z: Tensor, window: Sequence[int], overlap: float, *, on_
     from monai.inferers.inferer import SlidingWindowInferer
 
     roi = [min(int(w), int(n)) for w, n in zip(window, z.shape[2:], strict=True)]
-    total = _windows(z.shape[2:], roi, overlap)
+    total = windows(z.shape[2:], roi, overlap)
     done = 0
 
     def counted(part: Tensor) -> Tensor:
@@ -81,14 +82,6 @@ def decode_window(call, z: Tensor, window: Sequence[int], overlap: float, *, on_
                                    progress=False, sw_device=z.device, device=z.device)  # fmt: skip
     with torch.inference_mode():  # the inferer blends in place into what `call` returns
         return inferer(z, counted).float()  # type: ignore[union-attr, arg-type]
-
-
-def _windows(size: Sequence[int], roi: Sequence[int], overlap: float) -> int:
-    total = 1
-    for n, r in zip(size, roi, strict=True):
-        step = r if r == n else max(1, int(r * (1 - overlap)))
-        total *= -(-(n - r) // step) + 1
-    return total
 
 
 def reference_decoder(latent_size: Sequence[int], window: Sequence[int]) -> str:

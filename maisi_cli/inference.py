@@ -7,6 +7,8 @@ pass with the SiLU behind them, tensors in the layout that convolutions are fast
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ def laid_out(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
             if isinstance(child, DiffusionUNetResnetBlock):
                 setattr(module, name, ResBlock(child))
     for parent in list(network.modules()):
+        if dtype != torch.float32 and getattr(parent, "attention_dtype", None) is not None:
+            parent.attention_dtype = None  # type: ignore[assignment]  # fused attention adds up in float32 by itself
         for name, child in list(parent.named_children()):
             if type(child) is nn.GroupNorm:
                 setattr(parent, name, kernels.GroupNorm.of(child, silu=False))
@@ -65,6 +69,33 @@ def laid_out(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
         elif isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
             module.to(dtype=dtype)
     return network
+
+
+def recompute(network: nn.Module, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """Let the residual blocks of a network of MONAI keep their input alone in training, and compute the rest again going back.
+
+    Checkpointing (Chen et al. 2016), a block at a time; both times it runs within `around()`.
+    """
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiResBlock
+    from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+
+    for module in network.modules():
+        if isinstance(module, (DiffusionUNetResnetBlock, MaisiResBlock)):
+            module.forward = _checkpointed(module.forward, around)  # type: ignore[method-assign]
+
+
+def _checkpointed(whole: Callable[..., Tensor], around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Tensor]:
+    from torch.utils.checkpoint import checkpoint
+
+    def within(*inputs: Tensor) -> Tensor:
+        with around():
+            return whole(*inputs)
+
+    def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
+        made: Tensor = checkpoint(within, *inputs, *named.values(), use_reentrant=False)
+        return made
+
+    return forward
 
 
 class ResBlock(nn.Module):

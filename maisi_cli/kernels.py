@@ -122,7 +122,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised volumes (B, C, X, Y, Z), or (B, C, N) as tokens, in the dtype of `x`."""
-        if x.dim() != 5 or torch.is_grad_enabled() or x.device.type == "meta":
+        if x.dim() != 5 or torch.is_grad_enabled():
             y = functional.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
             return functional.silu(y) if self.silu else y
         made = torch.empty_like(x, memory_format=LAYOUT)
@@ -195,12 +195,24 @@ def repeated(x: Tensor) -> Tensor:
 
 
 def _piece(rows: Tensor) -> int:
-    return len(rows) if rows.device.type not in ("cpu", "meta") else max(1, PIECE // rows.shape[1])
+    return max(1, PIECE // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+
+
+class _Nothing:
+    """What stands for the kernels on the device `meta`, where memory is counted and nothing is computed."""
+
+    @staticmethod
+    def sums(rows: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        return (torch.empty_like(centre, dtype=torch.float64),) * 2
+
+    normalise = finish = doubled = repeated = staticmethod(lambda *_, **__: None)
 
 
 @cache
 def _triton(device: str) -> Any:
     """Return the Triton kernels for a kind of device, or None where there are none."""
+    if device == "meta":
+        return _Nothing
     if device != "cuda":
         return None
     try:

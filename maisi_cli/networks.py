@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from . import inference, streaming
 from .catalog import ModelSpec, NetworkSpec
+from .devices import default_dtype
 from .errors import CannotRun, UsageError
 from .graphs import Captured
 from .kernels import LAYOUT
-from .planning import default_dtype
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,38 +1,30 @@
-"""What a run needs before it starts: device, precision, decoder, and the memory of every stage where it was measured.
+"""What a run needs before it starts: device, precision, decoder, and the memory of every stage.
 
-Figures come from the measured rows of the GPU presets; where nothing was measured the plan says so.
+Memory comes from traces of the real modules (`estimates`), seconds from what was measured on the device, or nowhere. What the
+reference needs is predicted too: its published figures, rows of the GPU presets, are the test of that.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import estimates
 from .catalog import ModelSpec, NetworkSpec
 from .catalog import model as find_model
+from .devices import Gpu, default_dtype, gpu_of
 from .errors import CannotRun
 from .geometry import Geometry, Size, format_triple
 from .settings import GenerateSettings, Resolved
 
 NOT_MODELLED = "not modelled"
+NOT_MEASURED = "not measured"
 HEADROOM_GIB = 1.0  # what the driver and other programs take
-# the column of the measured rows that speaks of a model, and the steps that it was measured with
-MEASURED_STEPS = {"rflow-ct": ("rflow_seconds", 30), "ddpm-ct": ("ddpm_seconds", 1000)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """A device: `kind` is cuda or cpu, `memory_gib` its memory (None: not known)."""
-
-    name: str
-    kind: str
-    memory_gib: float | None
+PROGRAM_GIB = 0.7  # what torch and MONAI take of a host's memory once they are loaded
+HOST_BYTES = 15  # a voxel of the image in float32, twice while it is converted, of the file, and of the label map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """One stage: peak memory and time where they were measured, else None."""
+    """One stage: its predicted peak memory, and seconds where the device was measured; else None."""
 
     name: str
     peak_gib: float | None
@@ -56,7 +48,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a run is carried out. `fits` is None where nothing was measured."""
+    """How a run is carried out. `fits` is None where memory is not known or not modelled."""
 
     model: str
     geometry: Geometry | None
@@ -84,48 +76,34 @@ class Plan:
             "warnings": list(self.warnings),
         }  # fmt: skip
 
+    def as_toml(self) -> str:
+        """Return the plan as `generate --plan` reads it: the model, the volume, and how it is made."""
+        import tomli_w
 
-def detect() -> Gpu:
-    """Return the first CUDA GPU that the driver reports, or the processor; loads no framework."""
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        try:
-            done = subprocess.run([tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
-                                  capture_output=True, text=True, timeout=5, check=True)  # fmt: skip
-            name, memory = done.stdout.splitlines()[0].rsplit(",", 1)
-            return Gpu(name=name.strip(), kind="cuda", memory_gib=round(float(memory) / 1024, 2))
-        except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-            pass
-    return _processor()
+        names = ("device", "dtype", "decoder", "sweeps", "window", "overlap")
+        chosen = {choice.name: choice.value for stage in self.stages for choice in stage.choices}
+        execution = {name: chosen[name] for name in names if chosen.get(name) is not None}
+        size = {"size": list(self.geometry.size)} if self.geometry else {}
+        return tomli_w.dumps({"schema": "maisi.plan/1", "model": self.model, **size, "execution": execution})
 
 
-def host_memory_gib() -> float | None:
-    """Return the physical memory of this machine, where the system tells."""
-    import os
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return model, size and execution of a plan that `gpu-plan --save` wrote. Raises `UsageError` for other files."""
+    import tomllib
+
+    from .errors import UsageError
 
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2)
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def default_dtype(device: str) -> str:
-    """Return the precision that suits a kind of device: fp16 on `cuda`, bf16 on a `cpu` with instructions for it, else fp32.
-
-    Those are AVX512-BF16 and AMX-BF16; where the system does not list the processor's flags, fp32.
-    """
-    if device == "cuda":
-        return "fp16"
-    return "bf16" if device == "cpu" and _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+        plan = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"the plan {path} does not exist", hint="make one with  maisi gpu-plan --save plan.toml") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the plan {path} cannot be read: {str(error).splitlines()[0]}", hint="make one with  maisi gpu-plan --save"
+        ) from error
+    if plan.get("schema") != "maisi.plan/1" or not isinstance(plan.get("execution"), dict):
+        raise UsageError(f"{path} is no plan", hint="make one with  maisi gpu-plan --save plan.toml")
+    return plan
 
 
 def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | None = None) -> Plan:
@@ -151,78 +129,252 @@ def plan(resolved: Resolved, *, geometry: Geometry | None = None, gpu: Gpu | Non
     return replace(made, geometry=target)
 
 
-def device_of(name: str) -> Gpu:
-    """Return the device that torch calls `name`, with its memory: the processor, or the GPU that is found here."""
-    return detect() if name.startswith("cuda") else _processor()
-
-
-def _processor() -> Gpu:
-    return Gpu(name="processor", kind="cpu", memory_gib=host_memory_gib())
-
-
-def gpu_of(settings: GenerateSettings) -> Gpu:
-    """Return the device that the settings name: a GPU preset's, the processor, or what is found here."""
-    from . import presets
-
-    if settings.device == "cpu" or settings.gpu == "cpu":
-        return _processor()
-    if settings.gpu == "auto":
-        return detect()
-    execution = presets.preset(settings.gpu, "gpu").values["execution"]
-    return Gpu(name=f"GPU preset {settings.gpu}", kind="cuda", memory_gib=float(execution["memory_gib"]))
-
-
 def predict(
     spec: ModelSpec, geometry: Geometry | None, gpu: Gpu, *, settings: GenerateSettings, warnings: tuple[str, ...] = ()
 ) -> Plan:  # fmt: skip
-    """Choose device, precision and decoder, and look the peak up in the measured rows."""
+    """Choose device, precision and decoder, and predict the peak memory of every stage of `generate`."""
     device = settings.device if settings.device != "auto" else gpu.kind
     dtype = settings.dtype if settings.dtype != "auto" else default_dtype(device.split(":")[0])
     sources = {"device": "asked for" if settings.device != "auto" else f"for {gpu.name}",
                "dtype": "asked for" if settings.dtype != "auto" else f"default on {device.split(':')[0]}"}  # fmt: skip
     execution = (Choice(name="device", value=device, reason=sources["device"]), Choice(name="dtype", value=dtype, reason=sources["dtype"]))
-    row, fits, margin, reason = None, None, None, NOT_MODELLED
-    if geometry is not None and gpu.kind == "cuda" and spec.name in MEASURED_STEPS:
-        row, fits, margin, reason = _measured(spec, geometry, gpu, settings)
-    window = settings.window
-    decoder = settings.decoder
-    overlap = settings.overlap
-    if decoder == "auto":
-        if row is not None and row["windows"] > 1:
-            decoder, why = "window", f"measured: {row['windows']} windows, peak {row['peak_gib']} GiB"
-            window, overlap = tuple(row["window"]), float(row["overlap"])
-        elif window is not None and settings.gpu not in ("auto", "cpu") and row is None and geometry is not None:
-            decoder, why = "window", f"GPU preset {settings.gpu}; this size was not measured"
-        else:
-            decoder, why = "exact", "whole volume at once, without seams"
-    else:
-        why = "asked for"
-    decode = [Choice(name="decoder", value=decoder, reason=why)]
-    if decoder == "exact" and geometry is not None:
-        decode.append(sweeps(spec.networks["vae"], geometry.size, dtype, gpu))
-    decode += [Choice(name="window", value=list(window) if window and decoder == "window" else None, reason="latent voxels"),
-               Choice(name="overlap", value=overlap if decoder == "window" else None, reason="share of the window")]  # fmt: skip
-    seconds: tuple[float | None, float | None] = (None, None)
-    if row is not None:
-        column, steps = MEASURED_STEPS[spec.name]
-        as_measured = settings.steps == steps and settings.cfg_modality == 0 and settings.scheduler == spec.scheduler["name"]
-        seconds = (float(row[column]) if as_measured else None, float(row["vae_seconds"]))
-    peak = float(row["peak_gib"]) if row is not None else None
+    work = _Work(spec=spec, geometry=geometry, gpu=gpu, kind=device.split(":")[0], dtype=dtype, settings=settings)
+    decode, choices = work.decode()
     stages = [
-        StagePlan(name="denoise", peak_gib=None, seconds=seconds[0], choices=execution),
-        StagePlan(name="decode", peak_gib=peak, seconds=seconds[1], choices=tuple(decode)),
-    ]
+        *([work.stage("mask", work.mask())] if settings.mode != "image" and settings.mask_source == "diffusion" else []),
+        *([work.stage("denoise", work.denoise(), execution), work.stage("decode", decode, choices)] if settings.mode != "mask" else
+          [StagePlan(name="denoise", peak_gib=None, seconds=None, choices=execution),
+           StagePlan(name="decode", peak_gib=None, seconds=None, choices=choices)]),
+        *([StagePlan(name="save", peak_gib=None, seconds=None, choices=_files(geometry, settings))] if geometry else []),
+    ]  # fmt: skip
+    peaks = [stage.peak_gib for stage in stages if stage.peak_gib is not None]
+    fits = margin = None
     notes = [*warnings]
-    if row is not None:
-        notes.append(f"memory and seconds were measured on {row['device']} ({row['source']})")
-    if fits is None:
+    if peaks and settings.mode != "mask":
+        room = work.room_gib()
+        if room is not None:
+            margin = round(room - max(peaks), 2)
+            fits = margin >= 0
+    elif settings.mode != "mask":
         where = format_triple(geometry.size) if geometry else "the size of the mask"
-        notes.append(f"memory and time of {spec.name} at {where} on {gpu.name}: {reason}")
+        notes.append(f"memory of {spec.name} at {where} on {gpu.name}: {NOT_MODELLED}")
     return Plan(model=spec.name, geometry=geometry, gpu=gpu, stages=tuple(stages), fits=fits, margin_gib=margin, warnings=tuple(notes))
 
 
-def sweeps(network: NetworkSpec, size: Size, dtype: str, gpu: Gpu) -> Choice:
-    """Return what the exact decoder holds at full resolution (`streaming.MODES`): as much as half of the memory allows.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a run does on a device, stage by stage."""
+
+    spec: ModelSpec
+    geometry: Geometry | None
+    gpu: Gpu
+    kind: str
+    dtype: str
+    settings: GenerateSettings
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of a number."""
+        return 4 if self.dtype == "fp32" else 2
+
+    def room_gib(self) -> float | None:
+        """Return what a stage's predicted peak may come to: the rest is for the driver, the program, and `estimates.MARGIN`."""
+        if self.gpu.memory_gib is None:
+            return None
+        taken = HEADROOM_GIB + (PROGRAM_GIB if self.kind == "cpu" else 0.0)
+        return max(0.0, self.gpu.memory_gib - taken) / (1 + estimates.MARGIN)
+
+    def stage(self, name: str, figures: estimates.Figures | None, choices: tuple[Choice, ...] = ()) -> StagePlan:
+        """Return a stage with its peak, and its seconds where the device was measured."""
+        if figures is None:
+            return StagePlan(name=name, peak_gib=None, seconds=None, choices=choices)
+        rates = estimates.measured_rates(self.gpu.name, self.dtype)
+        seconds = round(rates.seconds(figures), 1) if rates else None
+        return StagePlan(name=name, peak_gib=round(figures.peak_gib, 2), seconds=seconds, choices=choices)
+
+    def denoise(self) -> estimates.Figures | None:
+        """Return all steps, and the embedding of the mask before them; the decoder's weights wait beside."""
+        if self.geometry is None:
+            return None
+        paired = self.settings.mode == "paired"
+        step = estimates.denoise_step(self.spec, self.geometry.size, itemsize=self.itemsize, paired=paired)
+        if step is None:
+            return None
+        guided = any((self.settings.cfg_modality, self.settings.cfg_tumor, self.settings.cfg_mask))
+        made = step.times(self.settings.steps * (2 if guided else 1))
+        waiting = estimates.weights_gib("decode-store", [self.spec.networks["vae"]], self.itemsize)
+        embed = estimates.embed(self.spec, self.geometry.size, itemsize=self.itemsize, device=self.kind) if paired else None
+        peak = max(step.peak_gib, embed.peak_gib if embed else 0.0) + waiting
+        return replace(made, peak_gib=peak, tflop=made.tflop + (embed.tflop if embed else 0.0))
+
+    def decode(self) -> tuple[estimates.Figures | None, tuple[Choice, ...]]:
+        """Return the decoder's figures and how it decodes: whole in the fastest mode that fits, or in windows where asked for."""
+        settings = self.settings
+        window = settings.window if settings.decoder == "window" else None
+        if settings.decoder == "window":
+            figures = None
+            if self.geometry and window:
+                figures = estimates.decode_window(self.spec, self.geometry.size, window, settings.overlap, itemsize=self.itemsize)
+            return self._beside(figures), (
+                Choice(name="decoder", value="window", reason="asked for"),
+                Choice(name="window", value=list(window) if window else None, reason="latent voxels"),
+                Choice(name="overlap", value=settings.overlap, reason="share of the window"),
+            )
+        why = "asked for" if settings.decoder == "exact" else "whole volume, without seams"
+        sweeps, figures = self._sweeps()
+        return figures, (Choice(name="decoder", value="exact", reason=why), *([sweeps] if self.geometry else []),
+                         Choice(name="window", value=None, reason="latent voxels"),
+                         Choice(name="overlap", value=None, reason="share of the window"))  # fmt: skip
+
+    def _sweeps(self) -> tuple[Choice, estimates.Figures | None]:
+        room = self.room_gib()
+        found: dict[str, estimates.Figures | None] = {mode: self._beside(self._in(mode)) for mode in estimates.SWEEPS}
+        asked = self.settings.sweeps
+        if asked != "auto":
+            return Choice(name="sweeps", value=asked, reason="asked for"), found[asked]
+        if self.geometry is not None and any(figures is None for figures in found.values()):
+            return sweeps_by_size(self.spec.networks["vae"], self.geometry.size, self.dtype, self.gpu), None
+        known = {mode: figures for mode, figures in found.items() if figures is not None}
+        mode = next((mode for mode, figures in known.items() if room is None or figures.peak_gib <= room), "recompute")
+        figures = known.get(mode)
+        reason = "the fastest that fits" if room is not None and figures and figures.peak_gib <= room else "the least memory"
+        if room is None:
+            reason = "memory not known"
+        return Choice(name="sweeps", value=mode, reason=reason), figures
+
+    def _in(self, mode: str) -> estimates.Figures | None:
+        if self.geometry is None:
+            return None
+        return estimates.decode(self.spec, self.geometry.size, itemsize=self.itemsize, device=self.kind, mode=mode)
+
+    def _beside(self, figures: estimates.Figures | None) -> estimates.Figures | None:
+        """Add the weights of the denoising networks, which stay for the next sample."""
+        if figures is None:
+            return None
+        names = ["unet", *(["controlnet"] if self.settings.mode == "paired" else [])]
+        waiting = estimates.weights_gib(
+            "denoise", [self.spec.networks[name] for name in names if name in self.spec.networks], self.itemsize
+        )
+        return replace(figures, peak_gib=figures.peak_gib + waiting)
+
+    def mask(self) -> estimates.Figures | None:
+        """Return the mask networks: their steps, and their decoder in the fastest mode that fits."""
+        nets = self.spec.networks
+        if "mask_unet" not in nets or "mask_vae" not in nets:
+            return None
+        step = estimates.look_up(estimates.key("mask-denoise", [nets["mask_unet"]], self.itemsize), [1.0])
+        decoded = estimates.mask_decode(self.spec, mask_sweeps(self.spec, self.dtype, self.gpu), itemsize=self.itemsize, device=self.kind)
+        if step is None or decoded is None:
+            return None
+        made = step.times(self.settings.mask_steps)
+        waiting = estimates.weights_gib("mask-denoise", [nets["mask_unet"]], self.itemsize)
+        return replace(made, peak_gib=max(step.peak_gib, decoded.peak_gib + min(waiting, step.peak_gib)), tflop=made.tflop + decoded.tflop)
+
+
+def _files(geometry: Geometry, settings: GenerateSettings) -> tuple[Choice, ...]:
+    """Return what a sample takes outside of the device: memory of the host while it is made, and disk."""
+    voxels = math.prod(geometry.size)
+    stored = (2 if settings.mode != "mask" else 0) + (1 if settings.mode != "image" else 0)
+    disk = voxels * stored * settings.count / 2**20
+    latent = 4 * 4 * voxels / 64 * settings.count / 2**20 if settings.keep_latent and settings.mode != "mask" else 0.0
+    return (
+        Choice(name="host_gib", value=round(HOST_BYTES * voxels / 2**30 + PROGRAM_GIB, 2), reason="arrays of a volume, and the program"),
+        Choice(name="disk_mib", value=round(disk + latent, 1), reason=f"at most, before compression, for {settings.count} samples"
+               if settings.count > 1 else "at most, before compression"),
+    )  # fmt: skip
+
+
+def mask_sweeps(spec: ModelSpec, dtype: str, gpu: Gpu) -> str:
+    """Return the fastest mode in which the mask networks' decoder fits a device."""
+    itemsize = 4 if dtype == "fp32" else 2
+    for mode in estimates.SWEEPS:
+        figures = estimates.mask_decode(spec, mode, itemsize=itemsize, device=gpu.kind)
+        if figures is None:
+            return str(sweeps_by_size(spec.networks["mask_vae"], (256, 256, 256), dtype, gpu).value)
+        if gpu.memory_gib is None or figures.peak_gib * (1 + estimates.MARGIN) + HEADROOM_GIB <= gpu.memory_gib:
+            return mode
+    return "recompute"
+
+
+def training(
+    spec: ModelSpec, kind: str, geometry: Geometry, gpu: Gpu, *, checkpointing: bool | None = None, warnings: tuple[str, ...] = ()
+) -> Plan:  # fmt: skip
+    """Plan a training step in mixed precision of batch 1: `dm`, `controlnet` or `vae` (whose size is that of its patches).
+
+    Without a wish, activations are computed again going back (`checkpointing`) only where it does not fit otherwise.
+    """
+    room = None if gpu.memory_gib is None else max(0.0, gpu.memory_gib - HEADROOM_GIB) / (1 + estimates.MARGIN)
+    tried = {each: estimates.train_step(spec, kind, geometry.size, checkpointing=each) for each in (False, True)}
+    plain = tried[False]
+    chosen = checkpointing if checkpointing is not None else bool(plain and room is not None and plain.peak_gib > room)
+    figures = tried[chosen]
+    reason = "asked for" if checkpointing is not None else "it does not fit otherwise" if chosen else "fits without"
+    choices = (
+        Choice(name="device", value=gpu.kind, reason=f"for {gpu.name}"),
+        Choice(name="dtype", value="bf16", reason="mixed precision"),
+        Choice(name="checkpointing", value=chosen, reason=reason),
+    )
+    return _one_stage(spec, geometry, gpu, f"train-{kind}", figures, choices, room, warnings)
+
+
+def encoding(spec: ModelSpec, geometry: Geometry, gpu: Gpu, *, dtype: str = "auto", warnings: tuple[str, ...] = ()) -> Plan:
+    """Plan the encoding of one volume: whole, slab by slab."""
+    name = default_dtype(gpu.kind) if dtype == "auto" else dtype
+    itemsize = 4 if name == "fp32" else 2
+    room = None if gpu.memory_gib is None else max(0.0, gpu.memory_gib - HEADROOM_GIB) / (1 + estimates.MARGIN)
+    found = {m: estimates.encode(spec, geometry.size, itemsize=itemsize, device=gpu.kind, mode=m) for m in estimates.SWEEPS}
+    mode = next((m for m, f in found.items() if f is not None and (room is None or f.peak_gib <= room)), "recompute")
+    choices = (
+        Choice(name="device", value=gpu.kind, reason=f"for {gpu.name}"),
+        Choice(name="dtype", value=name, reason="asked for" if dtype != "auto" else f"default on {gpu.kind}"),
+        Choice(name="sweeps", value=mode, reason="the least memory" if mode == "recompute" else "the fastest that fits"),
+    )
+    return _one_stage(spec, geometry, gpu, "encode", found[mode], choices, room, warnings)
+
+
+def reference(
+    spec: ModelSpec, geometry: Geometry, gpu: Gpu, *, window: Sequence[int], splits: int, overlap: float, warnings: tuple[str, ...] = ()
+) -> Plan:  # fmt: skip
+    """Predict what the reference's own run takes: all of its networks, labels, and its decoder's windows and splits."""
+    figures = estimates.reference_decode(spec, geometry.size, window, splits, overlap)
+    room = None if gpu.memory_gib is None else max(0.0, gpu.memory_gib - HEADROOM_GIB)
+    row = next((row for _, row in measured_rows() if tuple(row["size"]) == geometry.size and row["window"] == list(window)
+                and row["splits"] == splits), None)  # fmt: skip
+    choices = (
+        Choice(name="device", value="cuda", reason=f"for {gpu.name}"),
+        Choice(name="dtype", value="fp16", reason="autocast"),
+        Choice(name="decoder", value="window", reason="the reference's"),
+        Choice(name="window", value=list(window), reason="latent voxels"),
+        Choice(name="splits", value=splits, reason="num_splits of its convolutions"),
+        Choice(name="overlap", value=overlap, reason="share of the window"),
+    )
+    if row:
+        warnings = (*warnings, f"published for it: {row['peak_gib']} GiB, measured on {row['device']}")
+    return _one_stage(spec, geometry, gpu, "decode", figures, choices, room, warnings)
+
+
+def _one_stage(
+    spec: ModelSpec, geometry: Geometry, gpu: Gpu, name: str, figures: estimates.Figures | None, choices: tuple[Choice, ...],
+    room: float | None, warnings: tuple[str, ...],
+) -> Plan:  # fmt: skip
+    peak = round(figures.peak_gib, 2) if figures else None
+    margin = round(room - peak, 2) if room is not None and peak is not None else None
+    if figures is None:
+        warnings = (*warnings, f"memory of {spec.name}: {NOT_MODELLED}")
+    stage = StagePlan(name=name, peak_gib=peak, seconds=None, choices=choices)
+    return Plan(model=spec.name, geometry=geometry, gpu=gpu, stages=(stage,), fits=None if margin is None else margin >= 0,
+                margin_gib=margin, warnings=warnings)  # fmt: skip
+
+
+def measured_rows() -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the published rows of the GPU presets with the name of their preset."""
+    from . import presets
+
+    return [(each.name, row) for each in presets.presets("gpu") for row in each.values.get("measured", ())]
+
+
+def sweeps_by_size(network: NetworkSpec, size: Size, dtype: str, gpu: Gpu) -> Choice:
+    """Return a mode of the exact decoder for a network that was never traced: what half of the memory can hold.
 
     `store` holds the channels of the finest upsampling, or twice those of the finest level, and runs every layer once; `half`
     those of the level; `recompute` what lies below, at half of the resolution.
@@ -231,7 +383,7 @@ def sweeps(network: NetworkSpec, size: Size, dtype: str, gpu: Gpu) -> Choice:
     finest, above = channels[0], channels[min(1, len(channels) - 1)]
     bytes_each = 4 if dtype == "fp32" else 2
     # while a sweep consumes one tensor and makes the next, a slab of each is there besides
-    held = {"store": max(above, 2 * finest), "half": finest + above // 8, "recompute": above * 2 / 8}
+    held = {"store": max(above, 2 * finest), "half": finest + above // 8, "recompute": above / 8}
     gib = {mode: count * math.prod(size) * bytes_each / 2**30 for mode, count in held.items()}
     if gpu.memory_gib is None:
         return Choice(name="sweeps", value="store", reason=f"holds {gib['store']:.1f} GiB at full resolution; memory not known")
@@ -240,49 +392,10 @@ def sweeps(network: NetworkSpec, size: Size, dtype: str, gpu: Gpu) -> Choice:
     return Choice(name="sweeps", value=mode, reason=f"holds {gib[mode]:.1f} GiB at full resolution, of {gpu.memory_gib:g}")
 
 
-def _measured(
-    spec: ModelSpec, geometry: Geometry, gpu: Gpu, settings: GenerateSettings
-) -> tuple[Mapping[str, Any] | None, bool | None, float | None, str]:
-    """Return the fastest measured row of this size that fits, whether it fits, and what is left.
-
-    A row of the GPU preset that is asked for was published for that class: it fits where nothing else does, and then what
-    is left is that of the whole memory.
-    """
-    from . import presets
-
-    named = [(each.name, row) for each in presets.presets("gpu") for row in each.values.get("measured", ())
-             if tuple(row["size"]) == geometry.size and _as_asked(row, settings)]  # fmt: skip
-    rows = [row for _, row in named]
-    if not rows:
-        return None, None, None, NOT_MODELLED
-    memory = (gpu.memory_gib or 0) - HEADROOM_GIB
-    fitting = [row for row in rows if row["peak_gib"] <= memory]
-    if not fitting:
-        fitting = [row for name, row in named if name == settings.gpu and row["peak_gib"] <= (gpu.memory_gib or 0)]
-        memory += HEADROOM_GIB if fitting else 0
-    if not fitting:
-        least = min(rows, key=lambda row: row["peak_gib"])
-        return least, False, round(memory - least["peak_gib"], 2), "does not fit"
-    denoise, _ = MEASURED_STEPS[spec.name]
-    best = min(fitting, key=lambda row: (row[denoise] + row["vae_seconds"], row["peak_gib"]))
-    return best, True, round(memory - best["peak_gib"], 2), "measured"
-
-
-def _as_asked(row: Mapping[str, Any], settings: GenerateSettings) -> bool:
-    """Say whether a measured row was made the way that is asked for; all rows are in fp16."""
-    if settings.dtype not in ("auto", "fp16"):
-        return False
-    if settings.decoder == "exact":
-        return bool(row["windows"] == 1)
-    if settings.decoder == "window":
-        return bool(row["windows"] > 1) and tuple(row["window"]) == settings.window and row["overlap"] == settings.overlap
-    return True
-
-
 def require_fit(made: Plan) -> None:
     """Raise `CannotRun` with ways out when a plan is known not to fit."""
     if made.fits is False:
-        peak = next(stage.peak_gib for stage in made.stages if stage.peak_gib is not None)
+        peak = max(stage.peak_gib for stage in made.stages if stage.peak_gib is not None)
         size = format_triple(made.geometry.size) if made.geometry else "?"
         raise CannotRun(
             f"{made.model} at {size} needs {peak:g} GiB; {made.gpu.name} has {made.gpu.memory_gib:g}",

@@ -70,6 +70,7 @@ class GenerateSettings:
     resume: bool = False
     shard: str | None = None
     decoder: str = "auto"
+    sweeps: str = "auto"
     window: tuple[int, int, int] | None = None
     overlap: float = 0.4
     dtype: str = "auto"
@@ -236,6 +237,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "cfg_tumor": _number(0), "cfg_mask": _number(0), "anatomy_size": _sizes, "mask_steps": _whole(1, 1000),
     "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _formats, "preview": _truth,
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
+    "sweeps": _one_of("auto", "store", "half", "recompute"),
     "window": _window, "overlap": _number(0, 1), "device": _device, "cuda_graphs": _truth, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
     "on_qc_fail": _one_of("retry", "drop", "keep"), "retries": _whole(0, 100), "compat": _one_of("reference"),
     "offline": _truth, "allow_ood": _truth, "allow_missing_body": _truth,

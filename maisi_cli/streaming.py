@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import kernels
+from .estimates import SWEEPS, thickness
 from .kernels import LAYOUT, Affine, Moments, convolution
 
-MODES = ("store", "half", "recompute")
+MODES = SWEEPS
 """What a sweep leaves at full resolution: the result of every step, of the first residual block, or nothing."""
-SLAB_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""How large a slab is where nothing else is asked for: large enough for fast convolutions, small beside a volume or a cache."""
-
 Slab = tuple[Tensor, ...]
 """Some planes (1, C, planes, Y, Z): of a layer, and of the shortcut beside it within a residual block."""
 
@@ -298,7 +296,7 @@ def run(
         if step.norm is not None:
             if known is None or pending:
                 known = Moments()
-                for x, *_ in _sweep(pending, iter(stored), total):
+                for x, *_ in _sweep(pending, iter(stored), total, planes):
                     known.add(x)
             affine = known.affine(step.norm, silu=step.silu)
         pending.append((step, affine))
@@ -306,7 +304,7 @@ def run(
         if keep(step) and number + 1 < len(steps):
             known = Moments() if steps[number + 1].norm is not None else None
             made: list[Slab] = []
-            for slab in _sweep(pending, _consumed(stored), total):
+            for slab in _sweep(pending, _consumed(stored), total, planes):
                 if known is not None:
                     known.add(slab[0])
                 made += _cut(slab, planes(step))
@@ -314,14 +312,26 @@ def run(
             total = sum(x.shape[2] for x, *_ in stored)
         if on_step:
             on_step(number + 1, len(steps))
-    yield from (x for x, *_ in _sweep(pending, _consumed(stored), total))
+    yield from (x for x, *_ in _sweep(pending, _consumed(stored), total, planes))
 
 
-def _sweep(pending: Sequence[tuple[Step, Affine | None]], slabs: Iterator[Slab], planes: int) -> Iterator[Slab]:
-    stream = Stream(slabs, planes)
+def _sweep(
+    pending: Sequence[tuple[Step, Affine | None]], slabs: Iterator[Slab], total: int, planes: Callable[[Step], int]
+) -> Iterator[Slab]:
+    stream = Stream(slabs, total)
     for step, affine in pending:
         stream = step.run(stream, affine)
+        stream = Stream(_thinned(stream.slabs, planes(step)), stream.planes)
     return stream.slabs
+
+
+def _thinned(slabs: Iterator[Slab], planes: int) -> Iterator[Slab]:
+    """Yield slabs that are not much thicker than `planes`: at its end every convolution lets one more plane go than came."""
+    for slab in slabs:
+        if slab[0].shape[2] <= 3 * planes // 2:
+            yield slab
+        else:
+            yield from zip(*(x.split(planes, dim=2) for x in slab), strict=True)
 
 
 def _consumed(stored: list[Slab]) -> Iterator[Slab]:
@@ -350,14 +360,8 @@ def kept_in(mode: str, full: Callable[[Step], int]) -> Callable[[Step], bool]:
     return lambda step: full(step) > 1 or (full(step) == 1 and step.ends_block)
 
 
-def thickness(channels: int, y: int, z: int, like: Tensor, mode: str = "store") -> int:
-    """Return how many planes of `channels` times y times z, of the dtype and on the device of `like`, make a slab: a power of two.
-
-    It has about `SLAB_BYTES`, a quarter of that where nothing is stored, and at least 2 planes.
-    """
-    size = SLAB_BYTES.get(like.device.type, SLAB_BYTES["cpu"]) // (4 if mode == "recompute" else 1)
-    planes = size // (channels * y * z * like.dtype.itemsize)
-    return int(max(2, 1 << (max(planes, 1).bit_length() - 1)))
+def _planes(channels: int, like: Tensor, y: int, z: int, mode: str) -> int:
+    return thickness(channels, y, z, itemsize=like.dtype.itemsize, device=like.device.type, mode=mode)
 
 
 @torch.inference_mode()
@@ -373,7 +377,7 @@ def decoded(vae: Any, latent: Tensor, *, mode: str = "store", planes: int | None
     finest = steps[-1].level
     widest = max(step.channels for step in steps if step.level == finest)
     y, z = (n << finest for n in latent.shape[3:])
-    deep = planes or thickness(widest, y, z, latent, mode)
+    deep = planes or _planes(widest, latent, y, z, mode)
     first = conv_of(vae.post_quant_conv)
     source = functional.conv3d(latent.contiguous(memory_format=LAYOUT), first.weight, first.bias)  # type: ignore[arg-type]
     keep = kept_in(mode, lambda step: finest - step.level)
@@ -387,7 +391,7 @@ def encoded(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None 
         raise ValueError(f"there is no mode {mode!r} of {', '.join(MODES)}")
     steps = steps_of(vae.encoder.blocks)
     widest = max(step.channels for step in steps if step.level == 0)
-    deep = planes or thickness(widest, image.shape[3], image.shape[4], image, mode)
+    deep = planes or _planes(widest, image, image.shape[3], image.shape[4], mode)
     source = image.contiguous(memory_format=LAYOUT)
     slabs = run(steps, source, keep=kept_in(mode, lambda step: step.level), planes=lambda step: max(1, deep >> step.level))
     mean = conv_of(vae.quant_conv_mu)
@@ -398,11 +402,17 @@ Bits = Callable[..., Tensor]
 
 
 @torch.inference_mode()
-def embedded(embedding: Any, labels: Tensor, bits: Bits, *, dtype: torch.dtype, planes: int | None = None) -> Tensor:
-    """Return what a ControlNet's condition encoder makes of labels (1, 1, X, Y, Z) uint8, turned to `bits` slab by slab."""
+def embedded(
+    embedding: Any, labels: Tensor, bits: Bits, *, dtype: torch.dtype, planes: int | None = None, device: str | None = None
+) -> Tensor:
+    """Return what a ControlNet's condition encoder makes of labels (1, 1, X, Y, Z) uint8, turned to `bits` slab by slab.
+
+    `device` is a kind of device that slabs are made for, if not that of the labels.
+    """
     convolutions = [conv_of(embedding.conv_in), *map(conv_of, embedding.blocks), conv_of(embedding.conv_out)]
     widest = max(int(conv.in_channels) for conv in convolutions[:3])  # type: ignore[arg-type]
-    deep = planes or thickness(widest, labels.shape[3], labels.shape[4], labels.new_empty((), dtype=dtype))
+    y, z = labels.shape[3:]
+    deep = planes or thickness(widest, y, z, itemsize=dtype.itemsize, device=device or labels.device.type)
     slabs = ((bits(part, dtype=dtype).contiguous(memory_format=LAYOUT),) for part in labels.split(deep, dim=2))
     stream = Stream(slabs, labels.shape[2])
     for conv in convolutions[:-1]:

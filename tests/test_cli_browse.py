@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 import typer
-from maisi_cli import anatomy, catalog, cli, planning, plugins, presets, quality, record
+from maisi_cli import anatomy, catalog, cli, devices, plugins, presets, quality, record
 from maisi_cli.cli import doctor
 from maisi_cli.geometry import Geometry
 
@@ -763,7 +763,7 @@ def test_info_of_a_preset(maisi, files):
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that weights are there and that there is no GPU, so that only what a test breaks is a problem."""
     monkeypatch.setattr(catalog.ModelSpec, "installed", lambda self, mode="paired": True)
-    monkeypatch.setattr(planning, "detect", lambda: planning.Gpu(name="processor", kind="cpu", memory_gib=8.0))
+    monkeypatch.setattr(devices, "detect", lambda: devices.Gpu(name="processor", kind="cpu", memory_gib=8.0))
 
 
 def problems(done: Done) -> list[str]:
@@ -833,8 +833,8 @@ def test_doctor_names_old_and_missing_packages(maisi, healthy, monkeypatch):
 
 
 def test_doctor_names_a_gpu_that_torch_cannot_use(maisi, healthy, monkeypatch):
-    found = planning.Gpu(name="NVIDIA Test", kind="cuda", memory_gib=24.0)
-    monkeypatch.setattr(planning, "detect", lambda: found)
+    found = devices.Gpu(name="NVIDIA Test", kind="cuda", memory_gib=24.0)
+    monkeypatch.setattr(devices, "detect", lambda: found)
     monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: None)
     assert problems(maisi("doctor --json")) == ["gpu"]
     monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: "12.8")

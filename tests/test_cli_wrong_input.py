@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from maisi_cli import cli, planning, presets
+from maisi_cli import cli, devices, presets
 from maisi_cli.testing import TINY, tiny_model
 
 BODY = 200
@@ -160,11 +160,6 @@ NAMES = [
     ("report full --volumes -1", "--volumes is a number of samples from 0, not -1", "12"),
     ("report", "missing argument 'RUN_DIR'", "maisi report --help"),
     ("export-trt --model rflow-ct", "no such command 'export-trt'", "maisi --help"),
-    ("gpu-plan --stage train", "no such option: --stage", "maisi gpu-plan --help"),
-    ("gpu-plan --splits 2", "no such option: --splits", "maisi gpu-plan --help"),
-    ("gpu-plan --compat reference", "no such option: --compat", "maisi gpu-plan --help"),
-    ("gpu-plan --simulate", "no such option: --simulate", "maisi gpu-plan --help"),
-    ("gpu-plan --measure", "no such option: --measure", "maisi gpu-plan --help"),
     ("labels add-body body.nii.gz new.nii.gz --ct body.nii.gz --hu -500", "no such option: --hu", "maisi labels add-body --help"),
 ]
 """Misspelt names, and what the contract names but is not there yet."""
@@ -394,7 +389,7 @@ def test_devices_that_this_machine_does_not_have(
 def test_a_dry_run_refuses_a_device_that_is_not_here_and_plans_for_one_elsewhere(
     flags: str, code: int, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "detect", lambda: planning.Gpu(name="processor", kind="cpu", memory_gib=8.0))
+    monkeypatch.setattr(devices, "detect", lambda: devices.Gpu(name="processor", kind="cpu", memory_gib=8.0))
     monkeypatch.setattr("sys.platform", "linux")
     assert cli.run(shlex.split(f"{TINY_VOLUME} {flags} --dry-run")) == code
     text = capsys.readouterr()

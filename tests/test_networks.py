@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from maisi_cli import kernels, streaming
 from maisi_cli.catalog import NetworkSpec, extractors, model
 from maisi_cli.errors import CannotRun, UsageError
+from maisi_cli.masks import denoising
 from maisi_cli.networks import Condition, Networks, Precision, binarise, build, device_named
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiGroupNorm3D
 from torch import Tensor, nn
@@ -113,6 +114,16 @@ def test_mask_networks_are_the_reference_s(shared: Shared, u04: Golden) -> None:
     sure = u04.tensor("mask_ae_argmax_margin_f16") > 1e-3
     assert float(sure.float().mean()) > 0.99
     assert torch.equal(logits.argmax(1)[0].to(torch.uint8)[sure], u04.tensor("mask_ae_argmax")[sure])
+
+
+@pytest.mark.parametrize(("precision", "near"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_mask_networks_run_in_every_precision(shared: Shared, u04: Golden, precision: str, near: float) -> None:
+    """Their attention asks for float32 (`upcast_attention`), which fused attention adds up in by itself."""
+    nets = networks(shared, "rflow", "unet", "mask_unet", precision=Precision.named(precision, CPU))
+    sizes = u04.tensor("anatomy_size").reshape(-1).tolist()
+    exact = denoising.denoiser(networks(shared, "rflow", "unet", "mask_unet"), sizes)(u04.tensor("latent"), T)
+    made = denoising.denoiser(nets, sizes)(u04.tensor("latent"), T)
+    assert float((made - exact).norm() / exact.norm()) < near
 
 
 # --- what `fast` replaces ----------------------------------------------------------------------------

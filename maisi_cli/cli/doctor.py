@@ -104,7 +104,7 @@ def _machine() -> list[Check]:
     import shutil
 
     from ..catalog import home
-    from ..planning import detect, host_memory_gib
+    from ..devices import detect, host_memory_gib
 
     gpu, memory = detect(), host_memory_gib()
     if gpu.kind == "cuda":

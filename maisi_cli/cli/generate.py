@@ -67,6 +67,7 @@ def generate(
     decoder: Annotated[str | None, _option("--decoder", panel=_HOW, metavar="NAME", text="auto, exact (whole volume) or window (overlapping windows).")] = None,
     window: Annotated[str | None, _option("--window", panel=_HOW, metavar="XxYxZ", text="Window of the window decoder, in latent voxels.")] = None,
     overlap: Annotated[float | None, _option("--overlap", panel=_HOW, metavar="SHARE", text="Overlap of windows, 0 to below 1.")] = None,
+    plan: Annotated[Path | None, _option("--plan", panel=_HOW, metavar="FILE", text="Device, precision and decoder as in a plan that  maisi gpu-plan  saved.")] = None,
     set_: Annotated[list[str] | None, _option("--set", panel=_HOW, metavar="KEY=VALUE", text="Any setting, as TOML; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Show settings, their origins and the plan; make nothing.")] = False,
     force: Force = False,
@@ -93,7 +94,10 @@ def generate(
     from ..manifest import resolve_all
 
     repeated, index = (None, None) if config is None else _recorded(config, flags)
+    planned = None if plan is None else _follow(plan, flags)
     resolved = resolve_all(flags, assignments=set_ or [], config=repeated, index=index)
+    if planned is not None:
+        _require_planned(planned, plan, resolved)
     if dry_run:
         one = len(resolved) == 1 and resolved[0].settings.manifest is None
         raise typer.Exit(_dry_run(resolved[0], as_json=as_json) if one else _dry_run_rows(resolved, as_json=as_json))
@@ -106,6 +110,40 @@ def generate(
             else:
                 for path in sample.paths.values():
                     output.data(str(path))
+
+
+def _follow(path: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Let the flags that are not given be what a plan chose; return the plan."""
+    from .. import planning
+    from ..geometry import format_triple
+
+    made = planning.read_plan(path)
+    execution = dict(made["execution"])
+    if "window" in execution:
+        execution["window"] = format_triple(tuple(execution["window"]))
+    for key, value in execution.items():
+        if key == "sweeps" or flags.get(key) is None:
+            flags[key] = value
+    if flags["model"] is None:
+        flags["model"] = made["model"]
+    return made
+
+
+def _require_planned(planned: dict[str, Any], path: Path | None, resolved: list[Any]) -> None:
+    """Refuse a plan that was made for another model, or for a smaller volume."""
+    from ..errors import UsageError
+    from ..geometry import format_triple
+
+    for each in resolved:
+        chosen = each.settings
+        if chosen.model != planned["model"]:
+            raise UsageError(
+                f"{path} was made for {planned['model']}, not {chosen.model}", hint="make a plan for it with  maisi gpu-plan --save"
+            )
+        size = planned.get("size")
+        if chosen.mask is None and size and tuple(size) != chosen.geometry().size:
+            raise UsageError(f"{path} was made for {format_triple(tuple(size))}, not {format_triple(chosen.geometry().size)}",
+                             hint="make a plan for it with  maisi gpu-plan --save")  # fmt: skip
 
 
 def _recorded(config: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
@@ -145,7 +183,7 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
         geometry = masks.own(chosen, spec=catalog.model(chosen.model)).geometry
     plan = planning.plan(resolved, geometry=geometry)
     spec = catalog.model(chosen.model)
-    if chosen.scheduler != spec.scheduler.get("name", "rflow"):
+    if chosen.scheduler != spec.scheduler.get("name", "rflow"):  # torch is loaded for others alone
         from .. import sampling
 
         sampling.require_family(spec, chosen.scheduler, compat=chosen.compat == "reference")

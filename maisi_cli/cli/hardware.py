@@ -15,8 +15,9 @@ from .options import Force, Json, Quiet, Verbose, examples
 from .wording import triple
 
 if TYPE_CHECKING:
+    from ..devices import Gpu
     from ..geometry import Geometry
-    from ..planning import Gpu, Plan
+    from ..planning import Plan
     from ..settings import Resolved
 
 VERDICTS = ("ok", "marginal", "ood")
@@ -237,19 +238,41 @@ def gpu_plan(
         str | None,
         typer.Option("--dtype", metavar="NAME", help="auto, fp32, bf16 or fp16.", show_default=False),
     ] = None,
+    splits: Annotated[
+        int | None,
+        typer.Option("--splits", metavar="N", help="num_splits of the reference's convolutions, with --compat.", show_default=False),
+    ] = None,
+    stage: Annotated[
+        str,
+        typer.Option("--stage", metavar="NAME", help="generate, encode, train, train-controlnet or train-vae."),
+    ] = "generate",
+    compat: Annotated[
+        str | None,
+        typer.Option("--compat", metavar="NAME", help="reference: what the reference's own run takes.", show_default=False),
+    ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option("--simulate", help="Trace the networks afresh instead of looking the figures up; loads torch."),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure this device for half a minute, so that plans tell seconds."),
+    ] = False,
     save: Annotated[
         Path | None,
-        typer.Option("--save", metavar="FILE", help="Write the plan as JSON to a file as well.", show_default=False),
+        typer.Option(
+            "--save", metavar="FILE", help="Write the plan to a .toml, which  maisi generate  follows, or a .json.", show_default=False
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show whether a volume fits a GPU, and which decoder, window and precision it is made with.
+    """Show what a volume needs on a GPU, whether it fits, and how it is made there the fastest.
 
-    Memory and seconds are measured figures; where nothing was measured the plan says "not modelled". Exit
-    code 3 when the volume is known not to fit.
+    Memory comes from traces of the networks; seconds only from what was measured on the device (--measure).
+    Exit code 3 when nothing fits.
     """
     from .. import planning
     from ..errors import UsageError
@@ -257,8 +280,16 @@ def gpu_plan(
 
     if gpu is not None and memory is not None:
         raise UsageError("--gpu and --memory exclude each other", hint="leave one out")
+    if stage not in STAGES:
+        raise UsageError(f"there is no stage {stage!r}", hint=f"use --stage {', '.join(STAGES)}")
+    if compat not in (None, "reference"):
+        raise UsageError(f"--compat {compat!r} is not known", hint="use --compat reference")
+    if splits is not None and compat is None:
+        raise UsageError("only the reference splits its convolutions", hint="add --compat reference, or leave --splits out")
     device = None if memory is None else _gpu_of_memory(memory)
     if save is not None:
+        if save.suffix not in (".toml", ".json"):
+            raise UsageError(f"{save} is neither .toml nor .json", hint="name the plan plan.toml")
         refuse_overwriting(save, force=force)
     flags: dict[str, Any] = {
         "preset": preset,
@@ -271,11 +302,12 @@ def gpu_plan(
         "dtype": dtype,
     }
     only_size = size is not None and preset is None
-    made = _plan(flags, device, only_size=only_size)
+    if measure:
+        _measure_rates(flags, device)
+    made = _plan(flags, device, only_size=only_size, stage=stage, splits=splits if compat is None else splits or 2, simulate=simulate)
     if save is not None:
-        import json
-
-        write_atomic(save, (json.dumps(made.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        text = made.as_toml() if save.suffix == ".toml" else _json(made.as_dict())
+        write_atomic(save, text.encode())
     if as_json:
         output.json_out(made.as_dict())
     else:
@@ -283,12 +315,48 @@ def gpu_plan(
     planning.require_fit(made)
 
 
-def _plan(flags: Mapping[str, Any], device: Gpu | None, *, only_size: bool) -> Plan:
+STAGES = ("generate", "encode", "train", "train-controlnet", "train-vae")
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _measure_rates(flags: Mapping[str, Any], device: Gpu | None) -> None:
+    from .. import devices
+    from ..errors import UsageError
+
+    chosen = _resolve(flags).settings
+    here = devices.detect() if chosen.device == "auto" and chosen.gpu == "auto" and device is None else None
+    if chosen.device == "cpu" or chosen.gpu == "cpu":
+        here = devices.device_of("cpu")
+    if here is None:
+        raise UsageError("only this machine can be measured", hint="leave out --gpu and --memory, or use --gpu cpu")
+    from .. import calibration
+
+    dtype = chosen.dtype if chosen.dtype != "auto" else devices.default_dtype(here.kind)
+    output.say(f"measuring {here.name} in {dtype}")
+    rates = calibration.measure(here, dtype)
+    calibration.keep(rates)
+    output.say(f"convolutions {rates.convolution:.3g} TFLOP/s, attention {rates.attention:.3g} TFLOP/s, copies {rates.copy:.3g} GB/s")
+
+
+def _plan(
+    flags: Mapping[str, Any],
+    device: Gpu | None,
+    *,
+    only_size: bool,
+    stage: str = "generate",
+    splits: int | None = None,
+    simulate: bool = False,
+) -> Plan:
     """Return the plan of these flags; where no model is named it is the preset's, installed or not.
 
     With a size alone (`only_size`) the spacing says nothing about memory and is not judged.
     """
-    from .. import catalog, planning
+    from .. import catalog, devices, planning
     from ..errors import UsageError
 
     resolved = _resolve(flags)
@@ -297,18 +365,34 @@ def _plan(flags: Mapping[str, Any], device: Gpu | None, *, only_size: bool) -> P
     warnings = list(resolved.notes)
     if not spec.installed(chosen.mode):
         warnings.append(f"{spec.name} is not installed; where its files belong:  maisi models show {spec.name}")
-    if only_size:
+    found = device or devices.gpu_of(chosen)
+    if only_size or stage != "generate" or splits is not None:
         geometry: Geometry = chosen.geometry()
-        if not spec.valid_size(geometry.size):
+        if stage != "train-vae" and not spec.valid_size(geometry.size):
             near = " or ".join(triple(each.size) for each in spec.nearest(geometry))
             raise UsageError(
                 f"model {spec.name} cannot make {triple(geometry.size)}",
                 hint=f"the nearest sizes are {near}",
             )
-        found = device or planning.gpu_of(chosen)
-        return planning.predict(spec, geometry, found, settings=chosen, warnings=tuple(warnings))
-    made = planning.plan(resolved, gpu=device)
-    return dataclasses.replace(made, warnings=(*warnings, *made.warnings))
+        notes = tuple(warnings)
+        if splits is not None:
+            window = chosen.window or tuple(n // spec.latent_factor for n in geometry.size)
+            made = planning.reference(spec, geometry, found, window=window, splits=splits, overlap=chosen.overlap, warnings=notes)
+        elif stage == "encode":
+            made = planning.encoding(spec, geometry, found, dtype=chosen.dtype, warnings=notes)
+        elif stage != "generate":
+            kind = {"train": "dm", "train-controlnet": "controlnet", "train-vae": "vae"}[stage]
+            made = planning.training(spec, kind, geometry, found, warnings=notes)
+        else:
+            made = planning.predict(spec, geometry, found, settings=chosen, warnings=notes)
+    else:
+        made = planning.plan(resolved, gpu=device)
+        made = dataclasses.replace(made, warnings=(*warnings, *made.warnings))
+    if simulate:
+        from .. import tracing
+
+        made = tracing.simulated(made, spec, chosen)
+    return made
 
 
 def _resolve(flags: Mapping[str, Any]) -> Resolved:
@@ -332,8 +416,8 @@ def _resolve(flags: Mapping[str, Any]) -> Resolved:
 
 def _gpu_of_memory(text: str) -> Gpu:
     """Return a GPU with this much memory: `24GiB`, `24` (GiB), `24GB` (10^9 bytes), `24576MiB`."""
+    from ..devices import Gpu
     from ..errors import UsageError
-    from ..planning import Gpu
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().casefold())
     if match is None or match[2] not in MEMORY_UNITS_GIB or float(match[1]) == 0:
@@ -343,11 +427,11 @@ def _gpu_of_memory(text: str) -> Gpu:
 
 
 def _show(made: Plan, *, only_size: bool) -> None:
-    from ..planning import NOT_MODELLED
+    from ..planning import NOT_MEASURED, NOT_MODELLED
     from ..settings import show
 
-    def figure(value: float | None) -> str:
-        return NOT_MODELLED if value is None else f"{value:g}"
+    def figure(value: float | None, absent: str) -> str:
+        return absent if value is None else f"{value:g}"
 
     verdict = {True: "yes", False: "no", None: NOT_MODELLED}[made.fits]
     if made.margin_gib is not None:
@@ -359,7 +443,8 @@ def _show(made: Plan, *, only_size: bool) -> None:
         output.data(f"volume  {volume}")
     output.data(f"device  {made.gpu.name}{size}")
     output.data(f"fits    {verdict}\n")
-    rows = [[stage.name, figure(stage.peak_gib), figure(stage.seconds)] for stage in made.stages]
+    rows = [[stage.name, figure(stage.peak_gib, NOT_MODELLED), figure(stage.seconds, NOT_MEASURED)]
+            for stage in made.stages if stage.name != "save"]  # fmt: skip
     output.table(["stage", "peak GiB", "seconds"], rows, right=("peak GiB", "seconds"))
     output.data("")
     choices = []
@@ -386,8 +471,8 @@ def register(app: typer.Typer) -> None:
     app.command(
         "gpu-plan",
         epilog=examples(
-            "maisi gpu-plan --preset chest-abdomen --gpu 24g",
-            "maisi gpu-plan --size 512x512x512 --memory 48GiB --json",
-            "maisi gpu-plan --preset abdomen --gpu 80g --save plan.json",
+            "maisi gpu-plan --size 512x512x512 --memory 8GiB",
+            "maisi gpu-plan --preset abdomen --gpu 24g --save plan.toml",
+            "maisi gpu-plan --size 512x512x512 --stage train --gpu 24g --json",
         ),
     )(gpu_plan)

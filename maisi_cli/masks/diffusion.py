@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import planning
+from .. import devices, planning
 from ..anatomy import maisi, regions_of
 from ..catalog import ModelSpec
 from ..errors import CannotRun, Rejected, UsageError
@@ -140,9 +140,8 @@ class Diffusion:
         latent = denoising.sample(nets, vector, noise, steps=self.steps, generator=generator, on_step=on_step, compat=self.compat)
         if not bool(torch.isfinite(latent).all()):
             raise Rejected("the mask diffusion diverged: its latent is not finite", hint="use --dtype fp32, or more --mask-steps")
-        x, y, z = (self.spec.latent_factor * n for n in self.latent)
-        sweeps = planning.sweeps(self.spec.networks["mask_vae"], (x, y, z), self.dtype, planning.device_of(self.device))
-        channels = denoising.decode(nets, latent, sweeps=str(sweeps.value))
+        sweeps = planning.mask_sweeps(self.spec, self.dtype, devices.device_of(self.device))
+        channels = denoising.decode(nets, latent, sweeps=sweeps)
         array = repair(denoising.to_labels(channels), tumor=tumor, compat=self.compat)
         return Mask(array=array, geometry=Geometry(size=array.shape, spacing=(VOXEL_MM,) * 3))  # type: ignore[arg-type]
 
