@@ -320,6 +320,8 @@ def load(
     """
     from .weights import load_state
 
+    if device.type == "cpu":
+        inference.free_at_once()
     modules: dict[str, nn.Module] = {}
     hashes: dict[str, str] = {}
     scale = None if "mask_unet" in parts else model.scale_factor  # the mask's latent has a scale of its own

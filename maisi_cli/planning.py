@@ -23,7 +23,7 @@ from .settings import GenerateSettings, Resolved
 NOT_MODELLED = "not modelled"
 NOT_MEASURED = "not measured"
 HEADROOM_GIB = 1.0  # what the driver and other programs take
-PROGRAM_GIB = 0.7  # what torch and MONAI take of a host's memory once they are loaded
+PROGRAM_GIB = 0.5  # what torch, MONAI and what they leave behind take of a host, measured
 HOST_BYTES = 15  # a voxel of the image in float32, twice while it is converted, of the file, and of the label map
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from maisi_cli import estimates
+from maisi_cli.catalog import model
+from maisi_cli.devices import default_dtype
 from maisi_cli.networks import binarise
+from maisi_cli.planning import PROGRAM_GIB
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,3 +59,46 @@ def test_binarising_a_label_costs_little_more_than_its_channels(dtype: torch.dty
     assert bits.untyped_storage().nbytes() == channels
     assert counted.peak + labels.numel() <= 1.3 * channels
     assert torch.equal((bits.to(torch.int64) * (2 ** torch.arange(8)).reshape(1, 8, 1, 1, 1)).sum(1, keepdim=True), labels.to(torch.int64))
+
+
+_DECODE = """
+import sys, threading, time
+import torch
+from maisi_cli import decoding, inference, networks
+from maisi_cli.catalog import model
+
+size, mode = [int(n) for n in sys.argv[1].split("x")], sys.argv[2]
+spec, cpu = model("rflow-ct"), torch.device("cpu")
+precision = networks.Precision.named("bf16", cpu)
+inference.free_at_once()
+vae = inference.laid_out(networks.build(spec.networks["vae"]).requires_grad_(False).eval(), precision.dtype, cpu)
+nets = networks.Networks(spec=spec, parts={"vae": vae}, scale_factor=1.0, device=cpu, precision=precision, hashes={})
+peak, done = 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, int(open("/proc/self/statm").read().split()[1]) * 4096)
+        time.sleep(0.005)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+decoding.decode(nets, torch.randn(1, 4, *[n // 4 for n in size]), sweeps=mode)
+done = True
+watcher.join()
+print(peak / 2**30)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(default_dtype("cpu") != "bf16", reason="without instructions for bf16 a processor takes minutes")
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+@pytest.mark.parametrize("size", [(128, 128, 128), (192, 192, 128), (256, 256, 128)], ids=str)
+def test_what_the_planner_predicts_is_what_the_system_counts(size: tuple[int, int, int], mode: str) -> None:
+    """The full-width decoder on a processor: resident memory of the whole process within 20 % of what is planned."""
+    predicted = estimates.decode(model("rflow-ct"), size, itemsize=2, device="cpu", mode=mode)
+    assert predicted is not None
+    done = subprocess.run([sys.executable, "-c", _DECODE, "x".join(map(str, size)), mode], capture_output=True, text=True, check=True)
+    measured = float(done.stdout)
+    print(f"\n{size} {mode}: predicted {predicted.peak_gib + PROGRAM_GIB:.2f} GiB, measured {measured:.2f}")
+    assert predicted.peak_gib + PROGRAM_GIB == pytest.approx(measured, rel=0.2)
