@@ -100,5 +100,5 @@ def test_what_the_planner_predicts_is_what_the_system_counts(size: tuple[int, in
     assert predicted is not None
     done = subprocess.run([sys.executable, "-c", _DECODE, "x".join(map(str, size)), mode], capture_output=True, text=True, check=True)
     measured = float(done.stdout)
-    print(f"\n{size} {mode}: predicted {predicted.peak_gib + PROGRAM_GIB:.2f} GiB, measured {measured:.2f}")
+    sys.stdout.write(f"\n{size} {mode}: predicted {predicted.peak_gib + PROGRAM_GIB:.2f} GiB, measured {measured:.2f}")
     assert predicted.peak_gib + PROGRAM_GIB == pytest.approx(measured, rel=0.2)
