@@ -29,13 +29,15 @@ def decode(
     `UsageError` for a window that is not positive or an overlap outside [0, 1).
     """
     z = (latent.to(networks.device) / networks.scale_factor).to(networks.precision.dtype)
-    vae = networks.parts["vae"]
+    vae, engine = networks.parts["vae"], networks.engines.get("decoder")
 
     def call(part: Tensor) -> Tensor:
         with torch.inference_mode():
-            made: Tensor = vae.decode_stage_2_outputs(part)  # type: ignore[operator]
+            made: Tensor = engine(z=part) if engine else vae.decode_stage_2_outputs(part)  # type: ignore[operator]
         return made.float()
 
+    if decoder == "exact" and engine is not None:
+        return call(z).cpu()
     if decoder == "exact":
         return _decode_slabs(networks, z, sweeps, on_event)
     if decoder != "window":

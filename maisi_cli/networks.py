@@ -153,7 +153,7 @@ def _taken_away(condition: Condition) -> tuple[int, Tensor | None]:
 
 @dataclass(slots=True, kw_only=True)
 class Networks:
-    """The loaded networks of a model, by part, on one device and in one precision."""
+    """The loaded networks of a model, by part, on one device and in one precision; `engines` are called in the place of parts."""
 
     spec: ModelSpec
     parts: dict[str, nn.Module]
@@ -162,6 +162,7 @@ class Networks:
     precision: Precision
     hashes: Mapping[str, str] = field(default_factory=dict)
     cuda_graphs: bool = True
+    engines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def denoiser(self, condition: Condition) -> Denoise:
         """Return `denoise(x, t)`: (B, C, x, y, z) latent and scalar time in [0, 1000] to the network's prediction.
@@ -193,13 +194,15 @@ class Networks:
 
     def capture(self) -> Callable[[Denoise], Denoise]:
         """Return what turns steps that never run at the same time into CUDA graphs, where there is CUDA and they are wanted."""
-        if self.device.type != "cuda" or not self.cuda_graphs:
+        if self.device.type != "cuda" or not self.cuda_graphs or self.engines:
             return lambda step: step
         pool = torch.cuda.graph_pool_handle()
         return lambda step: Captured(step, pool)
 
     def _branch(self, condition: Condition, modality: int, labels: Tensor | None) -> Denoise:
         unet, controlnet = self.parts["unet"], self.parts.get("controlnet")
+        predict: Callable[..., Any] = self.engines.get("unet", unet)
+        control: Any = self.engines.get("controlnet", controlnet)
         device = self.device
         arguments = self.spec.networks["unet"].arguments
         extra: dict[str, Tensor] = {}
@@ -221,7 +224,7 @@ class Networks:
                 extra[f"{side}_region_index_tensor"] = one_hot
         if arguments.get("num_class_embeds"):
             extra["class_labels"] = torch.full((1,), modality, dtype=torch.long, device=device)
-        of_unet, of_controlnet = _embedded(unet, extra), _embedded(controlnet, {"class_labels": extra.get("class_labels")})
+        of_unet, of_controlnet = embedded(unet, extra), embedded(controlnet, {"class_labels": extra.get("class_labels")})
         if labels is not None:
             if controlnet is None:
                 raise UsageError(f"model {self.spec.name} has no ControlNet", hint="use --mode image")
@@ -238,14 +241,14 @@ class Networks:
                 if labels is not None:
                     assert controlnet is not None
                     names = {"class_labels": known["class_labels"]} if "class_labels" in known else {}
-                    with _known(controlnet, of_controlnet):
-                        down, middle = controlnet(
+                    with known_parts(controlnet, of_controlnet):
+                        down, middle = control(
                             x=inputs["x"], timesteps=time, controlnet_cond=of_controlnet["controlnet_cond_embedding"], **names
                         )
                     inputs["down_block_additional_residuals"] = down
                     inputs["mid_block_additional_residual"] = middle
-                with _known(unet, of_unet):
-                    return unet(**inputs).float()
+                with known_parts(unet, of_unet):
+                    return predict(**inputs).float()
 
         return denoise
 
@@ -256,18 +259,18 @@ class Networks:
         return mean.float() * self.scale_factor
 
 
-_EMBEDDERS = {"spacing_tensor": "spacing_layer", "top_region_index_tensor": "top_region_index_layer",
+EMBEDDERS = {"spacing_tensor": "spacing_layer", "top_region_index_tensor": "top_region_index_layer",
               "bottom_region_index_tensor": "bottom_region_index_layer", "class_labels": "class_embedding"}  # fmt: skip
 
 
-def _embedded(network: Any, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def embedded(network: Any, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Return, by the name of the part that makes it, the embedding of each input that stays the same over the steps."""
     found: dict[str, Tensor] = {}
     with torch.inference_mode():
         for name, value in inputs.items():
-            layer = getattr(network, _EMBEDDERS[name], None)
+            layer = getattr(network, EMBEDDERS[name], None)
             if layer is not None and value is not None:
-                found[_EMBEDDERS[name]] = layer(value).to(network.time_embed[0].weight.dtype)
+                found[EMBEDDERS[name]] = layer(value).to(network.time_embed[0].weight.dtype)
     return found
 
 
@@ -284,7 +287,7 @@ class _Known(nn.Module):
 
 
 @contextlib.contextmanager
-def _known(network: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+def known_parts(network: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
     """Let parts of a network return what they are known to make, inside the block."""
     original = {name: network._modules[name] for name in outputs}
     network._modules.update({name: _Known(value) for name, value in outputs.items()})

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import decoding, masks, networks, planning, quality, record, sampling, weights
+from . import decoding, engines, masks, networks, planning, quality, record, sampling, weights
 from .anatomy import maisi
 from .catalog import ModelSpec
 from .catalog import modality as find_modality
 from .catalog import model as find_model
+from .engines import making
 from .errors import Rejected, UsageError
 from .events import Event, Note, OnEvent, Saved, Stage, Step, ignore
 from .files import refuse_overwriting, require_folder, write_atomic
@@ -112,6 +113,7 @@ class _Batch:
         self.executor = resolved[0].settings.executor
         self.listener = on_event
         self.loaded = networks.Loaded()
+        self.engines = making.Engines(self.tell)
         self._told: set[str] = set()
         self._open: tuple[int, _Run] | None = None
 
@@ -124,7 +126,7 @@ class _Batch:
         """Check all settings, and return the samples to make; what was chosen for the user is told once."""
         found: list[Job] = []
         for row, resolved in enumerate(self.resolved):
-            run = _Run(resolved, self.tell, self.loaded)
+            run = _Run(resolved, self.tell, self.loaded, self.engines)
             jobs = [dataclasses.replace(job, row=row) for job in run.jobs()]
             if jobs:
                 run.require()
@@ -139,7 +141,7 @@ class _Batch:
     def make(self, job: Job) -> Sample | None:
         """Make one sample; the settings of its row are opened once, and closed for the next."""
         if self._open is None or self._open[0] != job.row:
-            run = _Run(self.resolved[job.row], self.tell, self.loaded)
+            run = _Run(self.resolved[job.row], self.tell, self.loaded, self.engines)
             run.require()
             self._open = (job.row, run)
         return self._open[1].make(job)
@@ -148,9 +150,10 @@ class _Batch:
 class _Run:
     """One run: what is fixed for all of its samples; its networks are loaded when the first sample needs them."""
 
-    def __init__(self, resolved: Resolved, tell: OnEvent, loaded: networks.Loaded) -> None:
+    def __init__(self, resolved: Resolved, tell: OnEvent, loaded: networks.Loaded, compiled: making.Engines) -> None:
         self.resolved, self.settings = resolved, resolved.settings
-        self.tell, self.loaded = tell, loaded
+        self.tell, self.loaded, self.compiled = tell, loaded, compiled
+        self.ran: Mapping[str, Any] = {}
         self.spec: ModelSpec = find_model(self.settings.model)
         self.out = Path(self.settings.out)
         self.parts = self.spec.parts_for(self.settings.mode)
@@ -175,6 +178,9 @@ class _Run:
         if self.parts or self.mask_parts:
             planning.require_fit(self.plan)
             self.device = str(networks.device_named(self.device))
+            wish = self._wish()
+            if wish.must:
+                engines.require(wish.backend, device=self.device, precision=str(self.plan.choice("dtype")))
 
     def notes(self) -> list[str]:
         """Return the choices that were made for the user."""
@@ -253,7 +259,7 @@ class _Run:
             names = ", ".join(map(maisi().name_of, fitted.hidden))
             self.tell(Note(text=f"{job.id}: {self.spec.name} never saw a {names}: the image shows the organ instead", level="warning"))
             about = {**about, "not_drawn": list(fitted.hidden)}
-        nets = self._load()
+        nets = self._load(inner, paired=fitted is not None)
         with clock("denoise"):
             latent = self._denoise(nets, inner, fitted, seed)
         if settings.keep_latent:
@@ -342,7 +348,8 @@ class _Run:
             return {}
         return {"cfg_tumor": self.settings.cfg_tumor, "labels_without_tumor": torch.from_numpy(without)[None, None]}
 
-    def _load(self) -> networks.Networks:
+    def _load(self, grid: Geometry, *, paired: bool) -> networks.Networks:
+        """Return the networks for a volume, with engines in the place of those that run compiled."""
         dtype, graphs = str(self.plan.choice("dtype")), self.settings.cuda_graphs
 
         def load() -> networks.Networks:
@@ -353,7 +360,18 @@ class _Run:
 
         nets = self.loaded.get("image", (self.spec.path, self.parts, self.device, dtype, graphs), load)
         self.hashes = nets.hashes
+        size = grid.latent_size(self.spec.latent_factor)
+        window = self.plan.choice("window")
+        seen = size if window is None else tuple(map(min, size, window))  # what the decoder is given at once
+        parts = {"unet": size, **({"controlnet": size} if paired else {})}
+        nets = self.compiled.fitted(nets, {**parts, "decoder": seen}, self.files, self._wish, residuals=paired)
+        self.ran = making.recorded(nets, (*parts, "decoder"))
         return nets
+
+    def _wish(self, parameters: int | None = None) -> engines.Wish:
+        settings = self.settings
+        return engines.wish(settings.engine, settings.trt, device=self.device.split(":")[0], parameters=parameters,
+                            compat=settings.compat is not None)  # fmt: skip
 
     # --- files ----------------------------------------------------------------------------
 
@@ -423,7 +441,8 @@ class _Run:
                 mask["shown_on"] = {"size": list(grid.size), "spacing_mm": list(grid.spacing)}
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
-        device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads()}
+        device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads(),
+                  "engines": {**self.ran, **getattr(self.masks, "ran", {})}}  # fmt: skip
         if device["name"].startswith("cuda"):
             device["gpu"] = torch.cuda.get_device_name()
         return record.build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TINY = """
 schema = "maisi.model/1"
@@ -105,3 +106,13 @@ def tiny_model(folder: Path, *, seed: int = 0) -> Path:
         for weight in spec.weights:
             save_state(spec.weight_path(weight), build(spec.networks[weight.part]).state_dict(), metadata={}, half=False)
     return path
+
+
+def filled(network: Any, *, std: float = 0.02) -> Any:
+    """Fill the weights of a network that begin at zero, as those of ControlNets do, with noise from torch's own generator."""
+    from torch import nn
+
+    for weight in network.parameters():
+        if not bool(weight.any()):
+            nn.init.normal_(weight, std=std)
+    return network

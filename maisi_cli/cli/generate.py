@@ -64,6 +64,8 @@ def generate(
     gpu: Annotated[str | None, _option("--gpu", panel=_HOW, metavar="NAME", text="GPU preset: auto, cpu, 16g, 24g, 32g, 40g, 80g, 141g.")] = None,
     device: Annotated[str | None, _option("--device", panel=_HOW, metavar="NAME", text="auto, cpu, cuda, cuda:1 or mps.")] = None,
     dtype: Annotated[str | None, _option("--dtype", panel=_HOW, metavar="NAME", text="auto, fp32, bf16 or fp16.")] = None,
+    engine: Annotated[str | None, _option("--engine", panel=_HOW, metavar="NAME", text="auto, torch, openvino, aoti or trt: what runs the networks. OpenVINO is for processors; the last two are made by export-trt.  [default: auto]")] = None,
+    trt: Annotated[str | None, _option("--trt", panel=_HOW, metavar="require|prefer|off", text="TensorRT: an error where no engine fits, or PyTorch, which is said.  [default: off]")] = None,
     decoder: Annotated[str | None, _option("--decoder", panel=_HOW, metavar="NAME", text="auto, exact (whole volume) or window (overlapping windows).")] = None,
     window: Annotated[str | None, _option("--window", panel=_HOW, metavar="XxYxZ", text="Window of the window decoder, in latent voxels.")] = None,
     overlap: Annotated[float | None, _option("--overlap", panel=_HOW, metavar="SHARE", text="Overlap of windows, 0 to below 1.")] = None,
@@ -88,7 +90,7 @@ def generate(
         "cfg_tumor": cfg_tumor, "cfg_mask": cfg_mask, "mask_steps": mask_steps, "steps": steps, "seed": seed, "compat": compat, "count": count,
         "manifest": None if manifest is None else str(manifest), "name": name, "out": None if out is None else str(out),
         "format": format, "preview": preview, "keep_latent": keep_latent, "on_qc_fail": on_qc_fail, "retries": retries,
-        "resume": resume, "shard": shard, "executor": executor, "gpu": gpu, "device": device, "dtype": dtype, "decoder": decoder,
+        "resume": resume, "shard": shard, "executor": executor, "gpu": gpu, "device": device, "dtype": dtype, "engine": engine, "trt": trt, "decoder": decoder,
         "window": window, "overlap": overlap, "force": force or None, "offline": offline or None,
     }  # fmt: skip
     from ..manifest import resolve_all
@@ -191,6 +193,7 @@ def _planned(resolved: Any) -> tuple[Any, Any]:
         settings.require_weights(spec, chosen.mode)
         if spec.parts_for(chosen.mode):
             _require_device(chosen, plan)
+            _require_engine(chosen, plan)
         planning.require_fit(plan)
         _require_masks(resolved, spec)
     except CannotRun as error:
@@ -283,6 +286,15 @@ def _require_device(chosen: Any, plan: Any) -> None:
         raise CannotRun("this machine has no GPU that the NVIDIA driver reports", hint="use --device cpu, or plan with --gpu 24g")
     if chosen.device == "mps" and sys.platform != "darwin":
         raise CannotRun("this machine has no MPS device", hint="use --device cpu")
+
+
+def _require_engine(chosen: Any, plan: Any) -> None:
+    """Refuse an engine that is asked for and cannot run here; a GPU preset plans for a machine that may be elsewhere."""
+    from .. import engines
+
+    wish = engines.wish(chosen.engine, chosen.trt, device=plan.choice("device").split(":")[0])
+    if wish.must and chosen.gpu in ("auto", "cpu"):
+        engines.require(wish.backend, device=plan.choice("device"), precision=plan.choice("dtype"))
 
 
 def _mm(values: Any) -> str:

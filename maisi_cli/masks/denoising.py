@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def denoiser(nets: networks.Networks, sizes: Vector, *, compat: bool = False) -> sampling.Denoise:
     """Return `denoise(x, t)` of the mask UNet for a body of these sizes; with `compat` they are rounded to float16."""
-    unet = nets.parts["mask_unet"]
+    unet = nets.engines.get("mask_unet", nets.parts["mask_unet"])
     context = torch.tensor(sizes, dtype=torch.float32)
     if compat:
         context = context.half().float()

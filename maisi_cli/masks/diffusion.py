@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import devices, planning
 from ..anatomy import maisi, regions_of
@@ -27,6 +27,8 @@ from .sources import MASK_PARTS, SIZES, Made, NoMask, Wanted, data_file, require
 from .tumors import Best, aim_of
 
 if TYPE_CHECKING:
+    from ..engines import Wish
+    from ..engines.making import Engines
     from ..networks import Loaded, Networks
     from .sizes import Vector
 
@@ -52,7 +54,8 @@ class Diffusion:
         self.spec, self.device, self.dtype = spec, device, dtype
         self.compat = settings.compat == "reference"
         self.steps = settings.mask_steps
-        self.cuda_graphs = settings.cuda_graphs
+        self.cuda_graphs, self.engine, self.trt = settings.cuda_graphs, settings.engine, settings.trt
+        self.ran: dict[str, Any] = {}
         require_parts(spec, MASK_PARTS)
         self.vectors = anatomy_sizes.read_vectors(_vectors_file(spec))
         self.sizes = anatomy_sizes.parse(settings.anatomy_size)
@@ -68,6 +71,7 @@ class Diffusion:
         self.latent = tuple(int(n) for n in spec.mask_scheduler.get("latent_size", (LATENT,) * 3))
         self._loaded = loaded
         self._networks: Networks | None = None
+        self._engines: Engines | None = None
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -157,7 +161,20 @@ class Diffusion:
 
         self._loaded = self._loaded or networks.Loaded()
         self._networks = self._loaded.get("mask", (self.spec.path, self.device, self.dtype, self.cuda_graphs), load)
-        return self._networks
+        return self._fitted(self._networks, on_event)
+
+    def _fitted(self, nets: Networks, on_event: OnEvent) -> Networks:
+        """Return the networks with an engine in the place of the UNet, where it runs compiled."""
+        from .. import weights
+        from ..engines import making, wish
+
+        def wanted(parameters: int) -> Wish:
+            return wish(self.engine, self.trt, device=self.device.split(":")[0], parameters=parameters, compat=self.compat)
+
+        self._engines = self._engines or making.Engines(on_event)
+        made = self._engines.fitted(nets, {"mask_unet": self.latent}, weights.locate(self.spec, MASK_PARTS), wanted)
+        self.ran = making.recorded(made, ("mask_unet",))
+        return made
 
 
 def _vectors_file(spec: ModelSpec) -> Path:

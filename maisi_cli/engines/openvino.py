@@ -1,0 +1,90 @@
+"""OpenVINO on processors: weights packed once for the processor's instructions, layers fused, bf16 where it computes in it.
+
+The frontend is called by itself, and OpenVINO's package for telemetry is kept from loading: nothing is sent. Threads are
+torch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CannotRun
+from . import exporting, processor, version
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def environment(_device: torch.device) -> dict[str, str]:
+    """Return what compiled code depends on."""
+    return {"openvino": version("openvino"), "torch": torch.__version__, "processor": processor()}
+
+
+def build(
+    network: nn.Module, inputs: dict[str, Tensor], folder: Path, _precision: str, _device: torch.device, _dynamic: None = None
+) -> dict[str, Any]:
+    """Write OpenVINO's representation of a plain network in float32 to `folder`, for the shapes of `inputs`."""
+    with quiet():
+        ov = library()
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+        program = exporting.exported(network, inputs)
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)  # must outlive the conversion
+        model = frontend.convert(frontend.load(decoder))
+        ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return {}
+
+
+def load(folder: Path, precision: str, _device: torch.device) -> Run:
+    """Compile what `build` wrote for this processor. Raises `CannotRun` where it does not compute in `precision`."""
+    with quiet():
+        core = library().Core()
+        settings = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
+                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
+        compiled = core.compile_model(folder / "model.xml", "CPU", settings)
+    used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if used != _HINTS[precision]:
+        raise CannotRun(f"OpenVINO computes in {used} on this processor, not in {precision}", hint="use --dtype fp32, or --engine torch")
+    request = compiled.create_infer_request()
+
+    count = len(compiled.outputs)
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs; several of them, a ControlNet's large residuals, hold until the next call and are not copied."""
+        made = request.infer({k: each.numpy() for k, each in enumerate(tensors)}, share_inputs=True, share_outputs=count > 1)
+        return [torch.from_numpy(made[k]) for k in range(count)]
+
+    return run
+
+
+def library() -> Any:
+    """Import OpenVINO without its telemetry, which it does without where the package for it is not there."""
+    if "openvino" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
+    return openvino
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the notes of converters on their own affairs from the user, inside the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
