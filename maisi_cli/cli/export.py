@@ -194,7 +194,7 @@ def _show(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
 def _row(row: dict[str, Any]) -> list[object]:
     key, seconds = row["key"], row["seconds"]
-    shape: list[Any] = next((dims for dims in key["inputs"].values() if len(dims) == 5), [])
+    shape: list[Any] = next((dims for _, dims in key["inputs"] if len(dims) == 5), [])
     extent = "x".join(f"{n[0]}..{n[2]}" if isinstance(n, list) else str(n) for n in shape[2:])
     times = [f"{seconds[side]:.4g}" if side in seconds else "" for side in ("engine", "torch")]
     return [

@@ -61,14 +61,14 @@ class Key:
         """Return the key as it stands in the manifest."""
         return {
             "backend": self.backend, "part": self.part, "weights": self.weights, "precision": self.precision,
-            "inputs": {name: [list(n) if isinstance(n, tuple) else n for n in dims] for name, dims in self.inputs},
+            "inputs": [[name, [list(n) if isinstance(n, tuple) else n for n in dims]] for name, dims in self.inputs],
             "environment": dict(self.environment), "revision": self.revision,
         }  # fmt: skip
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Key:
-        """Return the key of a manifest. Raises `KeyError`, `TypeError` or `AttributeError` for anything else."""
-        inputs = tuple((name, tuple(tuple(n) if isinstance(n, list) else int(n) for n in dims)) for name, dims in data["inputs"].items())
+        """Return the key of a manifest. Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for anything else."""
+        inputs = tuple((name, tuple(tuple(n) if isinstance(n, list) else int(n) for n in dims)) for name, dims in data["inputs"])
         return cls(backend=data["backend"], part=data["part"], weights=data["weights"], precision=data["precision"],
                    inputs=inputs, environment=tuple(sorted(data["environment"].items())), revision=data["revision"])  # fmt: skip
 
@@ -121,7 +121,7 @@ class Built:
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest."""
         return {"schema": SCHEMA, "key": self.key.as_dict(), "files": dict(self.files), "errors": list(self.errors),
-                "tolerance": TOLERANCE[self.key.precision], "outcome": dict(self.outcome), "seconds": dict(self.seconds)}  # fmt: skip
+                "outcome": dict(self.outcome), "seconds": dict(self.seconds)}  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Return what a run record says of the engine."""
@@ -301,7 +301,7 @@ def remove(engines: Iterable[Built]) -> list[Path]:
     for engine in engines:
         shutil.rmtree(engine.folder, ignore_errors=True)
         gone.append(engine.folder)
-    for folder in {each.parent for each in gone} | {root()}:
+    for folder in [*{each.parent for each in gone}, root()]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return gone

@@ -6,7 +6,10 @@ a compiler fuses what stands in the graph by itself. What is nested in a call (t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,8 +287,18 @@ def exported(network: nn.Module, inputs: Mapping[str, Tensor], *, dynamic: Mappi
     """Return the `ExportedProgram` of a network without its head, for inputs like these; static but for the axes in `dynamic`."""
     function = Flat(network, list(inputs))
     shapes = None if dynamic is None else (tuple(dict(dynamic.get(name, {})) or None for name in inputs),)
-    with torch.no_grad():
-        return torch.export.export(function, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+    with torch.no_grad(), quiet():
+        program = torch.export.export(function, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+    _prune(program.graph_module)
+    return program
+
+
+def _prune(module: Any) -> None:
+    """Remove the embeddings of what stands in for those that are given: nothing but assertions looks at them."""
+    for node in [each for each in module.graph.nodes if each.target is torch.ops.aten._assert_tensor_metadata.default]:
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def operators(program: Any) -> dict[str, int]:
@@ -296,3 +309,16 @@ def operators(program: Any) -> dict[str, int]:
             name = str(node.target)
             found[name] = found.get(name, 0) + 1
     return dict(sorted(found.items()))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the notes of converters on their own affairs from the user, inside the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

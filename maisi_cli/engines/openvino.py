@@ -6,11 +6,8 @@ torch's.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CannotRun
 from . import exporting, processor, version
+from .exporting import quiet
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -75,16 +73,3 @@ def library() -> Any:
     import openvino
 
     return openvino
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the notes of converters on their own affairs from the user, inside the block."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

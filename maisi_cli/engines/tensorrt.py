@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..errors import CannotRun
 from . import exporting, version
 from .aoti import gpu
-from .openvino import Run, quiet
+from .exporting import quiet
+from .openvino import Run
 
 
 def environment(device: torch.device) -> dict[str, str]:
