@@ -75,7 +75,7 @@ class GenerateSettings:
     overlap: float = 0.4
     dtype: str = "auto"
     device: str = "auto"
-    engine: str = "auto"
+    engine: str = "torch"
     trt: str = "off"
     cuda_graphs: bool = True
     executor: str = "local"
@@ -241,7 +241,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
     "sweeps": _one_of("auto", "store", "half", "recompute"),
     "window": _window, "overlap": _number(0, 1), "device": _device, "cuda_graphs": _truth, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
-    "engine": _one_of("auto", "torch", "openvino", "aoti", "trt"), "trt": _one_of("require", "prefer", "off"),
+    "engine": _one_of("torch", "openvino", "aoti", "trt"), "trt": _one_of("require", "prefer", "off"),
     "on_qc_fail": _one_of("retry", "drop", "keep"), "retries": _whole(0, 100), "compat": _one_of("reference"),
     "offline": _truth, "allow_ood": _truth, "allow_missing_body": _truth,
 }  # fmt: skip
@@ -612,7 +612,7 @@ def _check_together(origins: dict[str, Setting]) -> None:
     if value("cfg_tumor") and typed("cfg_tumor") and value("mode") != "paired":
         raise UsageError(f"--cfg-tumor compares two masks, and --mode {value('mode')} makes no image for one",
                          hint="use --mode paired, or leave --cfg-tumor out")  # fmt: skip
-    if value("engine") not in ("auto", "trt") and value("trt") != "off":
+    if value("trt") != "off" and (value("engine") not in ("torch", "trt") or (typed("engine") and value("engine") == "torch")):
         raise UsageError(f"--engine {value('engine')} and --trt {value('trt')} exclude each other", hint="leave one of them out")
     if value("engine") == "trt" and typed("trt") and value("trt") == "off":
         raise UsageError("--engine trt and --trt off exclude each other", hint="leave one of them out")

@@ -178,7 +178,7 @@ class _Run:
         if self.parts or self.mask_parts:
             planning.require_fit(self.plan)
             self.device = str(networks.device_named(self.device))
-            wish = self._wish()
+            wish = engines.wish(self.settings.engine, self.settings.trt)
             if wish.must:
                 engines.require(wish.backend, device=self.device, precision=str(self.plan.choice("dtype")))
 
@@ -364,14 +364,10 @@ class _Run:
         window = self.plan.choice("window")
         seen = size if window is None else tuple(map(min, size, window))  # what the decoder is given at once
         parts = {"unet": size, **({"controlnet": size} if paired else {})}
-        nets = self.compiled.fitted(nets, {**parts, "decoder": seen}, self.files, self._wish, residuals=paired)
+        wish = engines.wish(self.settings.engine, self.settings.trt)
+        nets = self.compiled.fitted(nets, {**parts, "decoder": seen}, self.files, wish, residuals=paired)
         self.ran = making.recorded(nets, (*parts, "decoder"))
         return nets
-
-    def _wish(self, parameters: int | None = None) -> engines.Wish:
-        settings = self.settings
-        return engines.wish(settings.engine, settings.trt, device=self.device.split(":")[0], parameters=parameters,
-                            compat=settings.compat is not None)  # fmt: skip
 
     # --- files ----------------------------------------------------------------------------
 

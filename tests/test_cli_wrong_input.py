@@ -159,7 +159,6 @@ NAMES = [
     ("report full", "s_record.json has no schema, not 'maisi.record/1'", "*_record.json"),
     ("report full --volumes -1", "--volumes is a number of samples from 0, not -1", "12"),
     ("report", "missing argument 'RUN_DIR'", "maisi report --help"),
-    ("export-trt --model rflow-ct", "no such command 'export-trt'", "maisi --help"),
     ("labels add-body body.nii.gz new.nii.gz --ct body.nii.gz --hu -500", "no such option: --hu", "maisi labels add-body --help"),
 ]
 """Misspelt names, and what the contract names but is not there yet."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..settings import Resolved
 
 _EPILOG = examples(
-    "maisi export-trt --model rflow-ct --preset chest-abdomen --parts unet,controlnet --dry-run",
+    "maisi export-trt --preset chest-abdomen --parts unet,controlnet --dry-run",
     "maisi export-trt --backend openvino --preset chest-abdomen --check",
     "maisi export-trt --list",
 )
@@ -44,7 +44,7 @@ def export_trt(
     """Compile the networks of a model for one volume: TensorRT and AOTInductor beforehand, OpenVINO too.
 
     Every engine is compared with PyTorch before it is kept, and belongs to these weights, this shape, precision, version and
-    device. Use them with  maisi generate --trt require  or --engine NAME.
+    device. What uses them is  maisi generate  with its options for engines.
     """
     from .. import engines
     from ..errors import UsageError, unknown

@@ -64,7 +64,7 @@ def generate(
     gpu: Annotated[str | None, _option("--gpu", panel=_HOW, metavar="NAME", text="GPU preset: auto, cpu, 16g, 24g, 32g, 40g, 80g, 141g.")] = None,
     device: Annotated[str | None, _option("--device", panel=_HOW, metavar="NAME", text="auto, cpu, cuda, cuda:1 or mps.")] = None,
     dtype: Annotated[str | None, _option("--dtype", panel=_HOW, metavar="NAME", text="auto, fp32, bf16 or fp16.")] = None,
-    engine: Annotated[str | None, _option("--engine", panel=_HOW, metavar="NAME", text="auto, torch, openvino, aoti or trt: what runs the networks. OpenVINO is for processors; the last two are made by export-trt.  [default: auto]")] = None,
+    engine: Annotated[str | None, _option("--engine", panel=_HOW, metavar="NAME", text="torch, openvino, aoti or trt: what runs the networks. OpenVINO is for processors; the last two are made by export-trt.  [default: torch]")] = None,
     trt: Annotated[str | None, _option("--trt", panel=_HOW, metavar="require|prefer|off", text="TensorRT: an error where no engine fits, or PyTorch, which is said.  [default: off]")] = None,
     decoder: Annotated[str | None, _option("--decoder", panel=_HOW, metavar="NAME", text="auto, exact (whole volume) or window (overlapping windows).")] = None,
     window: Annotated[str | None, _option("--window", panel=_HOW, metavar="XxYxZ", text="Window of the window decoder, in latent voxels.")] = None,
@@ -292,7 +292,7 @@ def _require_engine(chosen: Any, plan: Any) -> None:
     """Refuse an engine that is asked for and cannot run here; a GPU preset plans for a machine that may be elsewhere."""
     from .. import engines
 
-    wish = engines.wish(chosen.engine, chosen.trt, device=plan.choice("device").split(":")[0])
+    wish = engines.wish(chosen.engine, chosen.trt)
     if wish.must and chosen.gpu in ("auto", "cpu"):
         engines.require(wish.backend, device=plan.choice("device"), precision=plan.choice("dtype"))
 

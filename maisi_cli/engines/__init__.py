@@ -32,8 +32,6 @@ PARTS = ("unet", "controlnet", "decoder", "mask_unet")
 TITLES = {"torch": "PyTorch", "openvino": "OpenVINO", "aoti": "AOTInductor", "trt": "TensorRT"}
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 """The largest relative error (root mean square) of an engine's outputs against PyTorch in float32, by precision."""
-WORTH = 20_000_000
-"""Weights from which on `auto` compiles a network for a processor: below, a run is over before that pays."""
 _PACKAGES = {"openvino": ("openvino",), "aoti": ("torch",), "trt": ("torch_tensorrt", "tensorrt")}
 _INSTALL = {"openvino": "pip install openvino", "aoti": "pip install torch", "trt": "pip install torch-tensorrt"}
 
@@ -151,21 +149,13 @@ class Wish:
     reason: str = ""
 
 
-def wish(engine: str, trt: str, *, device: str, parameters: int | None = None, compat: bool = False) -> Wish:
-    """Return the backend for the settings `engine` and `trt` on a kind of device, `cpu` or `cuda`.
-
-    `auto` takes OpenVINO on a processor where it is installed and the networks are large (`parameters`, None: not known yet);
-    it never takes what must be built beforehand. Raises `UsageError` for settings that contradict one another.
-    """
+def wish(engine: str, trt: str) -> Wish:
+    """Return the backend for the settings `engine` and `trt`. Raises `UsageError` for settings that contradict one another."""
     if trt != "off":
-        if engine not in ("auto", "trt"):
+        if engine not in ("torch", "trt"):
             raise UsageError(f"--engine {engine} and --trt {trt} exclude each other", hint="leave one of them out")
         return Wish(backend="trt", must=trt == "require", reason=f"--trt {trt}")
-    if engine != "auto":
-        return Wish(backend=engine, must=engine != "torch", reason=f"--engine {engine}")
-    if device == "cpu" and not compat and parameters is not None and parameters >= WORTH and installed("openvino"):
-        return Wish(backend="openvino", must=True, reason="auto: on a processor, for networks of this size")
-    return Wish(backend="torch", reason="auto")
+    return Wish(backend=engine, must=engine != "torch", reason=f"--engine {engine}")
 
 
 def installed(backend: str) -> bool:

@@ -341,34 +341,32 @@ class Engines:
         self._told: set[str] = set()
 
     def fitted(
-        self, nets: networks.Networks, parts: Mapping[str, Sequence[int]], files: Mapping[str, Path], wish: Callable[[int], Wish],
+        self, nets: networks.Networks, parts: Mapping[str, Sequence[int]], files: Mapping[str, Path], wish: Wish,
         *, residuals: bool = False,
     ) -> networks.Networks:  # fmt: skip
         """Return the networks with engines in the place of `parts`, each for a latent of the size given; or as they are.
 
-        `wish` is asked with the number of weights of the first. OpenVINO's engines are made here on their first use; those of
+        OpenVINO's engines are made here on their first use; those of
         the others are made by `export-trt`, and a decoder's is used only where there is one. Raises `CannotRun` where an engine
         is required and there is none, `Rejected` for one that is off.
         """
-        first = next(iter(parts))
-        wanted = wish(sum(each.numel() for each in nets.parts[network_of(first)].parameters()))
-        if wanted.backend == "torch":
+        if wish.backend == "torch":
             return nets
         try:
-            require(wanted.backend, device=str(nets.device), precision=nets.precision.name)
+            require(wish.backend, device=str(nets.device), precision=nets.precision.name)
         except CannotRun as error:
-            if wanted.must:
+            if wish.must:
                 raise
-            self._tell(f"{error.message}: PyTorch runs the networks ({wanted.reason})", level="warning")
+            self._tell(f"{error.message}: PyTorch runs the networks ({wish.reason})", level="warning")
             return nets
         found: dict[str, Engine] = {}
         for part, size in parts.items():
-            if part == "decoder" and wanted.backend == "openvino":
+            if part == "decoder" and wish.backend == "openvino":
                 continue
             name = network_of(part)
-            order = Order(spec=nets.spec, part=part, file=files[name], size=tuple(size), backend=wanted.backend, device=nets.device,
+            order = Order(spec=nets.spec, part=part, file=files[name], size=tuple(size), backend=wish.backend, device=nets.device,
                           precision=nets.precision.name, residuals=residuals and part == "unet", sha256=nets.hashes.get(name))  # fmt: skip
-            engine = self._engine(order, wanted)
+            engine = self._engine(order, wish)
             if engine is not None:
                 found[part] = engine
         return dataclasses.replace(nets, engines=found)

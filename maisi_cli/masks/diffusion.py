@@ -27,7 +27,6 @@ from .sources import MASK_PARTS, SIZES, Made, NoMask, Wanted, data_file, require
 from .tumors import Best, aim_of
 
 if TYPE_CHECKING:
-    from ..engines import Wish
     from ..engines.making import Engines
     from ..networks import Loaded, Networks
     from .sizes import Vector
@@ -168,11 +167,8 @@ class Diffusion:
         from .. import weights
         from ..engines import making, wish
 
-        def wanted(parameters: int) -> Wish:
-            return wish(self.engine, self.trt, device=self.device.split(":")[0], parameters=parameters, compat=self.compat)
-
         self._engines = self._engines or making.Engines(on_event)
-        made = self._engines.fitted(nets, {"mask_unet": self.latent}, weights.locate(self.spec, MASK_PARTS), wanted)
+        made = self._engines.fitted(nets, {"mask_unet": self.latent}, weights.locate(self.spec, MASK_PARTS), wish(self.engine, self.trt))
         self.ran = making.recorded(made, ("mask_unet",))
         return made
 
