@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,12 +18,16 @@ Check = dict[str, Any]
 """One check: `name`, `value` (what was found), `ok`, and `hint` (the way out) where it is not."""
 
 
-def doctor(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Look over this installation: packages, GPU, memory, weights, plugins, settings.
+def doctor(
+    compute: Annotated[bool, typer.Option("--compute", help="Also try convolutions and attention on the device; loads torch.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Device for --compute: auto, cpu, cuda or cuda:1.")] = "auto",
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Look over this installation: packages, GPU, memory, weights, plugins, settings; with --compute whether sums are right.
 
     Exit code 1 with named problems.
     """
-    checks = [*_packages(), *_machine(), *_weights(), *_plugins(), *_settings()]
+    checks = [*_packages(), *_machine(), *_weights(), *_plugins(), *_settings(), *(_compute(device) if compute else [])]
     problems = [check for check in checks if not check["ok"]]
     if as_json:
         names = [check["name"] for check in problems]
@@ -172,6 +176,17 @@ def _settings() -> list[Check]:
     return checks
 
 
+def _compute(name: str) -> list[Check]:
+    """Check that the device computes what it should: some builds' 3D convolutions were silently wrong."""
+    from .. import selftest
+    from ..networks import device_named
+
+    device = device_named(name)
+    hint = "another build of torch or cuDNN computes it rightly; until then use another --dtype"
+    return [_check(f"{device}: {found.name}", f"relative error {found.error:.1e}, allowed {found.allowed:.0e}", ok=found.ok, hint=hint)
+            for found in selftest.check(device)]  # fmt: skip
+
+
 def _read(name: str, value: object, read: Callable[..., object], *arguments: object) -> Check:
     from ..errors import MaisiError
 
@@ -184,4 +199,4 @@ def _read(name: str, value: object, read: Callable[..., object], *arguments: obj
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("doctor", epilog=examples("maisi doctor", "maisi doctor --json"))(doctor)
+    app.command("doctor", epilog=examples("maisi doctor", "maisi doctor --compute --json"))(doctor)
