@@ -454,8 +454,10 @@ def case(number: int, fold: int) -> Case:
 def test_split_needs_something_to_train_on() -> None:
     with pytest.raises(UsageError, match="held out"):
         split([case(0, 0)])
-    only = [case(0, 1), case(1, 2)]
-    assert split(only) == (only, only[-1:])
+    with pytest.raises(UsageError, match=r"no case .* is held out .fold 0.: its folds are 1, 2"):
+        split([case(0, 1), case(1, 2)])
+    one, two = case(0, 1), case(1, 2)
+    assert split([one, two], 2) == ([one], [two])
 
 
 def test_intensity_maps_hu_to_the_unit_interval() -> None:
@@ -495,8 +497,9 @@ def test_latents_are_posterior_means_on_the_padded_grid(folder: Path, tmp_path: 
     with torch.no_grad():
         mean, _ = network.encode(torch.from_numpy(intensity(hu))[None, None])  # type: ignore[operator]
     assert np.allclose(latent, mean[0].numpy(), atol=2e-3, rtol=2e-3)
-    with pytest.raises(UsageError, match="exists"):
-        encode(tmp_path, folder / "first" / "vae.safetensors", model=str(folder / "tiny.toml"), device="cpu")
+    before = found.latent.stat().st_mtime_ns
+    encode(tmp_path, folder / "first" / "vae.safetensors", model=str(folder / "tiny.toml"), device="cpu")
+    assert found.latent.stat().st_mtime_ns == before
 
 
 def test_training_on_a_list_without_latents_names_the_command(folder: Path, tmp_path: Path) -> None:
