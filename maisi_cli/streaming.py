@@ -386,7 +386,7 @@ def encoded(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None 
 
 
 def posterior(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the latent of an image (1, 1, X, Y, Z); ln of the variance is clipped to -30..20, as MONAI does."""
+    """Return mean and standard deviation of the latent of an image (1, 1, X, Y, Z), the latter from exp(-15) to exp(10), as MONAI does."""
     mean, log_variance = _encoded(vae, image, [vae.quant_conv_mu, vae.quant_conv_log_sigma], mode, planes)
     return mean, torch.exp(log_variance.float().clamp(-30, 20) / 2)
 

@@ -101,8 +101,9 @@ def all_rows(paths: Sequence[str | Path], bases: Sequence[str | Path] = ()) -> l
         raise UsageError(
             f"there are {len(paths)} lists and {len(bases)} base folders", hint="give one --base for all, or one for each list"
         )
-    chosen: list[str | Path | None] = list(bases) * (len(paths) if len(bases) == 1 else 1) or [None] * len(paths)
-    return [row for path, base in zip(paths, chosen, strict=True) for row in rows_of(Path(path), Path(base) if base is not None else None)]
+    folders: list[Path | None] = [Path(each) for each in bases] or [None]
+    chosen = folders * len(paths) if len(folders) == 1 else folders
+    return [row for path, base in zip(paths, chosen, strict=True) for row in rows_of(Path(path), base)]
 
 
 def rows_of(path: Path, base: Path | None = None, *, joined: bool = True) -> list[Row]:
@@ -195,7 +196,7 @@ def id_of(row: Row) -> str:
     given = row.values.get("id")
     if given is None:
         name = Path(next((str(row.values[key]) for key in FILES if key in row.values), ""))
-        parts = [*name.parent.parts, stem(name).removesuffix(".npy")]
+        parts = [*(() if name.is_absolute() else name.parent.parts), stem(name).removesuffix(".npy")]
         return "_".join(part for part in parts if part.strip("./\\")) or re.sub(r"\W+", "_", row.where)
     if not re.fullmatch(r"[^/\\\s.][^/\\\n\r\t]*", str(given)):
         raise UsageError(f"{row.where}: the id {given!r} is no file name", hint="use letters, digits, - and _: files are named after it")
