@@ -258,6 +258,12 @@ class Networks:
             mean = streaming.encoded(self.parts["vae"], image.to(device=self.device, dtype=self.precision.dtype))
         return mean.float() * self.scale_factor
 
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the latent of `encode`, both times the scale factor."""
+        with torch.inference_mode():
+            mean, deviation = streaming.posterior(self.parts["vae"], image.to(device=self.device, dtype=self.precision.dtype))
+        return mean.float() * self.scale_factor, deviation * self.scale_factor
+
 
 EMBEDDERS = {"spacing_tensor": "spacing_layer", "top_region_index_tensor": "top_region_index_layer",
               "bottom_region_index_tensor": "bottom_region_index_layer", "class_labels": "class_embedding"}  # fmt: skip

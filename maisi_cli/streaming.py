@@ -384,9 +384,19 @@ def decoded(vae: Any, latent: Tensor, *, mode: str = "store", planes: int | None
     yield from run(steps, source, keep=keep, planes=lambda step: max(1, deep >> (finest - step.level)), on_step=on_step)
 
 
-@torch.inference_mode()
 def encoded(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None = None) -> Tensor:
     """Return the mean of the latent of an image (1, 1, X, Y, Z), as encoding the whole image at once gives it."""
+    return _encoded(vae, image, [vae.quant_conv_mu], mode, planes)[0]
+
+
+def posterior(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latent of an image (1, 1, X, Y, Z), the latter from exp(-15) to exp(10), as MONAI does."""
+    mean, log_variance = _encoded(vae, image, [vae.quant_conv_mu, vae.quant_conv_log_sigma], mode, planes)
+    return mean, torch.exp(log_variance.float().clamp(-30, 20) / 2)
+
+
+@torch.inference_mode()
+def _encoded(vae: Any, image: Tensor, heads: Sequence[Any], mode: str, planes: int | None) -> list[Tensor]:
     if mode not in MODES:
         raise ValueError(f"there is no mode {mode!r} of {', '.join(MODES)}")
     steps = steps_of(vae.encoder.blocks)
@@ -394,8 +404,9 @@ def encoded(vae: Any, image: Tensor, *, mode: str = "store", planes: int | None 
     deep = planes or _planes(widest, image, image.shape[3], image.shape[4], mode)
     source = image.contiguous(memory_format=LAYOUT)
     slabs = run(steps, source, keep=kept_in(mode, lambda step: step.level), planes=lambda step: max(1, deep >> step.level))
-    mean = conv_of(vae.quant_conv_mu)
-    return torch.cat([functional.conv3d(slab, mean.weight, mean.bias) for slab in slabs], dim=2)  # type: ignore[arg-type]
+    convs = [conv_of(head) for head in heads]
+    parts = [[functional.conv3d(slab, conv.weight, conv.bias) for conv in convs] for slab in slabs]  # type: ignore[arg-type]
+    return [torch.cat(part, dim=2) for part in zip(*parts, strict=True)]
 
 
 Bits = Callable[..., Tensor]

@@ -323,9 +323,10 @@ def test_events_log_and_export(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "by"), [("vae", 20), ("dm", 0.1), ("controlnet", 0.005)])
 def test_training_improves_validation(folder: Path, tmp_path: Path, kind: str, by: float) -> None:
     shutil.copytree(folder / "data", tmp_path / "data")
-    for name in ("list.json", "latents.json"):  # nothing held out: learning by heart is what counts here
+    for name in ("list.json", "latents.json"):  # the last case is trained on and held out: learning by heart is what counts here
         rows = json.loads((tmp_path / "data" / name).read_text("utf-8"))["training"]
-        (tmp_path / "data" / name).write_text(json.dumps({"training": [{**row, "fold": 1} for row in rows]}), "utf-8")
+        again = {**rows[-1], "id": "again", "fold": 0}
+        (tmp_path / "data" / name).write_text(json.dumps({"training": [*({**row, "fold": 1} for row in rows), again]}), "utf-8")
     changes = {"steps": 60, "lr": 5e-3, "batch_size": 4, "whole_share": 0.3, "validate_every": 10, "ema_decay": 0.9}
     out = tmp_path / "run"
     train(kind, data=tmp_path / "data", out=out, overrides=overrides(folder, kind, **changes))
@@ -454,8 +455,10 @@ def case(number: int, fold: int) -> Case:
 def test_split_needs_something_to_train_on() -> None:
     with pytest.raises(UsageError, match="held out"):
         split([case(0, 0)])
-    only = [case(0, 1), case(1, 2)]
-    assert split(only) == (only, only[-1:])
+    with pytest.raises(UsageError, match=r"no case .* is held out .fold 0.: its folds are 1, 2"):
+        split([case(0, 1), case(1, 2)])
+    one, two = case(0, 1), case(1, 2)
+    assert split([one, two], 2) == ([one], [two])
 
 
 def test_intensity_maps_hu_to_the_unit_interval() -> None:
@@ -495,8 +498,9 @@ def test_latents_are_posterior_means_on_the_padded_grid(folder: Path, tmp_path: 
     with torch.no_grad():
         mean, _ = network.encode(torch.from_numpy(intensity(hu))[None, None])  # type: ignore[operator]
     assert np.allclose(latent, mean[0].numpy(), atol=2e-3, rtol=2e-3)
-    with pytest.raises(UsageError, match="exists"):
-        encode(tmp_path, folder / "first" / "vae.safetensors", model=str(folder / "tiny.toml"), device="cpu")
+    before = found.latent.stat().st_mtime_ns
+    encode(tmp_path, folder / "first" / "vae.safetensors", model=str(folder / "tiny.toml"), device="cpu")
+    assert found.latent.stat().st_mtime_ns == before
 
 
 def test_training_on_a_list_without_latents_names_the_command(folder: Path, tmp_path: Path) -> None:

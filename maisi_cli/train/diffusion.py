@@ -97,7 +97,7 @@ class DiffusionTask:
         self.spec: ModelSpec = find_model(settings.model)
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(self.spec.networks[network])
-        training, held = split(read_list(data))
+        training, held = split(read_list(data), settings.fold)
         self.cases, self.held = load_cases(training), load_cases(held[:4])
         self.scale = scale_factor(self.cases)
         if settings.init:

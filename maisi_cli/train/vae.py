@@ -44,7 +44,7 @@ class VaeTask:
                 self.network.get_submodule(part).requires_grad_(False)
         if settings.latent_noise:
             noise_latents(self.network.get_submodule("post_quant_conv"), settings.latent_noise)
-        training, held = split(read_list(data))
+        training, held = split(read_list(data), settings.fold)
         self.volumes = [_load(case.image, case.id) for case in training]
         self.held = [_load(case.image, case.id) for case in held[:2]]
 
