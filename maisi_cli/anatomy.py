@@ -21,6 +21,9 @@ from .registry import Entry
 BODY = 200
 REGIONS = ("head", "chest", "abdomen", "lower")
 TUMOR_GROUP = "tumor"
+OWN_FILE = "labels.toml"
+"""Labels of one's own, in the folder where a command runs."""
+FREE = "new labels take a free id in 133..199 or 201..255, or that of a dummy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,36 +111,55 @@ def _data() -> dict[str, Any]:
 
 @cache
 def maisi() -> Vocabulary:
-    """Return the MAISI vocabulary: 132 classes, the body envelope 200, and the labels that plugins added."""
+    """Return the MAISI vocabulary: 132 classes, the body envelope 200, the labels that plugins added, and those of `OWN_FILE`."""
     from .plugins import plugins
 
     data = _data()
     names = {row["name"]: row["id"] for row in data["label"]}
-    labels = [_label(row, names, "maisi") for row in data["label"]]
-    taken = {label.id: label.name for label in labels}
-    names_taken = {fold(label.name): label for label in labels}
+    labels = {row["id"]: _label(row, names, "maisi") for row in data["label"]}
     for entry in plugins().registry("labels"):
         target = entry.target
         if not isinstance(target, Mapping) or "pairs" in target:
             continue  # a label set
         if "id" not in target:
             raise UsageError(f"label {entry.name!r} of {entry.owner} has neither an id nor pairs", hint="correct the plugin")
-        label = _label({"group": "plugin", **target, "name": entry.name}, names, entry.owner)
-        if label.id in taken:
-            raise UsageError(f"label {label.id} of {entry.owner} is already {taken[label.id]!r}",
-                             hint="new labels take a free id in 133..199 or 201..255")  # fmt: skip
-        if not (133 <= label.id <= 255) or label.id == BODY:
-            raise UsageError(f"label {entry.name!r} of {entry.owner} has id {label.id}",
-                             hint="new labels take a free id in 133..199 or 201..255")  # fmt: skip
-        other = names_taken.get(fold(label.name))
-        if other is not None:
-            raise UsageError(f"label {label.name!r} of {entry.owner} has the name of label {other.id} of {other.owner}",
-                             hint="choose another name")  # fmt: skip
-        taken[label.id] = label.name
-        names_taken[fold(label.name)] = label
-        labels.append(label)
+        _add(labels, _label({"group": "plugin", **target, "name": entry.name}, names, entry.owner))
+    for row in own_labels(Path(OWN_FILE)):
+        _add(labels, _label({"group": "own", **row}, names, OWN_FILE))
     aliases = {fold(key): value for key, value in data["aliases"].items()}
-    return Vocabulary(name="maisi", labels=tuple(sorted(labels, key=lambda label: label.id)), aliases=aliases)
+    return Vocabulary(name="maisi", labels=tuple(sorted(labels.values(), key=lambda label: label.id)), aliases=aliases)
+
+
+def _add(labels: dict[int, Label], label: Label) -> None:
+    """Add a label to a vocabulary: at a free id, or in the place of a dummy. Raises `UsageError` for ids and names that are taken."""
+    old = labels.get(label.id)
+    if old is not None and old.group != "dummy":
+        raise UsageError(f"label {label.id} of {label.owner} is already {old.name!r}", hint=FREE)
+    if old is None and (not 133 <= label.id <= 255 or label.id == BODY):
+        raise UsageError(f"label {label.name!r} of {label.owner} has id {label.id}", hint=FREE)
+    other = next((each for each in labels.values() if fold(each.name) == fold(label.name)), None)
+    if other is not None:
+        raise UsageError(f"label {label.name!r} of {label.owner} has the name of label {other.id} of {other.owner}",
+                         hint="choose another name")  # fmt: skip
+    labels[label.id] = replace(label, raw=old.raw if old else label.raw)
+
+
+def own_labels(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of one's own labels, `[[label]]` with name, id, group, host and color; none where there is no file.
+
+    Raises `UsageError` for a file that is none.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = tomllib.loads(path.read_text("utf-8"))["label"]
+        for row in rows:
+            strange = set(row) - {"name", "id", "group", "host", "color", "regions"}
+            if strange or not isinstance(row["name"], str) or not isinstance(row["id"], int) or isinstance(row["id"], bool):
+                raise ValueError(f"a label has {', '.join(sorted(strange)) or 'no name or id'}")
+        return list(rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a file of labels: {error}", hint="write it with  maisi labels add") from error
 
 
 def _label(row: Mapping[str, Any], names: Mapping[str, int], owner: str) -> Label:
@@ -145,7 +167,7 @@ def _label(row: Mapping[str, Any], names: Mapping[str, int], owner: str) -> Labe
     if isinstance(host, str) and host not in names:
         raise unknown(f"host of {row['name']!r} ({owner})", host, names, see="maisi labels list")
     if not isinstance(row["id"], int):
-        raise UsageError(f"label {row['name']!r} of {owner} has id {row['id']!r}", hint="new labels take a free id in 133..199 or 201..255")
+        raise UsageError(f"label {row['name']!r} of {owner} has id {row['id']!r}", hint=FREE)
     return Label(
         id=row["id"], name=row["name"], group=row["group"], regions=tuple(row.get("regions", ())),
         color=tuple(row.get("color", (220, 90, 220))), raw=row.get("raw"),

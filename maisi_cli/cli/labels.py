@@ -1,4 +1,4 @@
-"""`maisi labels list|show`: the label vocabulary and label sets; label maps have `labelmaps`."""
+"""`maisi labels list|show|add`: the label vocabulary and label sets; label maps have `labelmaps`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,59 @@ def _list_modalities(as_json: bool) -> None:
         return
     cells = [[row["name"], row["id"], row["kind"], ",".join(row["models"]), row["summary"]] for row in rows]
     output.table(["modality", "id", "kind", "models", "summary"], cells, right=("id",))
+
+
+@app.command("add", epilog=examples(
+    'maisi labels add "pancreatic cyst" --id 133 --group cyst --host pancreas',
+    'maisi labels add stent'))  # fmt: skip
+def add_label(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new label.")],
+    id_: Annotated[int | None, typer.Option("--id", metavar="N", help="Its id: free in 133..199 or 201..255, or a dummy's.  [default: the first that is free]", show_default=False)] = None,
+    group: Annotated[str, typer.Option("--group", metavar="NAME", help="Its group; a tumor or a cyst has a --host.")] = "own",
+    host: Annotated[str | None, typer.Option("--host", metavar="ORGAN", help="The label of the organ that a lesion lies in.", show_default=False)] = None,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Add a label of your own to labels.toml in this folder, which all commands that run here know.
+
+    A model has to be trained on it:  maisi train controlnet.
+    """
+    from pathlib import Path
+
+    from ..anatomy import FREE, OWN_FILE, maisi, own_labels
+    from ..errors import UsageError
+    from ..files import write_atomic
+
+    vocabulary = maisi()
+    if group in ("tumor", "cyst") and host is None:
+        raise UsageError(f"a {group} lies in an organ", hint="add --host, such as --host pancreas")
+    owner = None if host is None else vocabulary.get(vocabulary.id(host))
+    chosen = id_ if id_ is not None else next((n for n in range(133, 256) if n != 200 and n not in vocabulary), None)
+    if chosen is None:
+        raise UsageError("no id is free", hint=FREE)
+    path = Path(OWN_FILE)
+    row: Row = {"name": name.strip(), "id": chosen, "group": group, **({"host": owner.name} if owner else {})}
+    before = path.read_bytes() if path.exists() else None
+    write_atomic(path, _toml([*own_labels(path), row]))
+    maisi.cache_clear()
+    try:
+        maisi()
+    except UsageError:
+        if before is None:
+            path.unlink()
+        else:
+            write_atomic(path, before)
+        maisi.cache_clear()
+        raise
+    if as_json:
+        output.json_out({"schema": "maisi.label/1", "file": str(path), "label": row})
+    else:
+        output.data(f"{chosen}  {row['name']}")
+
+
+def _toml(rows: list[Row]) -> bytes:
+    import tomli_w
+
+    return tomli_w.dumps({"label": rows}).encode()
 
 
 @app.command(

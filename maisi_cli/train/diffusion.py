@@ -1,10 +1,14 @@
-"""`train dm`: the latent diffusion model, as a rectified flow (Liu et al. 2023; target: data minus noise)."""
+"""`train dm`: the latent diffusion model, on latents that were made ahead.
+
+A rectified flow (Liu et al. 2023; target: data minus noise), or DDPM (Ho et al. 2020; target: the noise), as the model samples.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,50 +18,72 @@ from torch import Tensor, nn
 from ..catalog import ModelSpec, modality
 from ..catalog import model as find_model
 from ..errors import UsageError
-from ..networks import build
+from ..networks import build, fitting
+from ..sampling import ddpm_alphas
 from ..weights import load_state
 from .data import Case, read_list, split
+from .lists import Regions, data_hashes
 from .losses import distance
 from .settings import TrainSettings
+
+VALIDATED = (100.0, 350.0, 650.0, 900.0)
+"""The times at which held-out cases are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One case in memory: latent (C, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality id."""
+    """One case on disk, mapped to memory: latent (C, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality id.
 
+    `regions` are the one-hot rows (4,) of its top and its bottom body region, where the list has them.
+    """
+
+    id: str
     latent: NDArray[np.float16]
     labels: NDArray[np.uint8]
     spacing_mm: tuple[float, float, float]
     modality: int
+    regions: Regions | None = None
 
 
 def load_cases(cases: Sequence[Case]) -> list[Encoded]:
-    """Load latents and labels. Raises `UsageError` for a list without latents and for grids that do not match."""
+    """Open latents and labels. Raises `UsageError` for a list without latents and for grids that do not match."""
     loaded = []
     for case in cases:
         if case.latent is None or case.label is None or case.label.suffix != ".npy":
             raise UsageError(f"case {case.id} has no latent", hint="make them:  maisi data encode LIST --out DIR")
-        latent, labels = np.load(case.latent), np.load(case.label)
+        latent, labels = np.load(case.latent, mmap_mode="r"), np.load(case.label, mmap_mode="r")
         if tuple(4 * n for n in latent.shape[1:]) != labels.shape:
             raise UsageError(f"case {case.id}: labels {labels.shape} are not 4 times the latent {latent.shape[1:]}",
                              hint="encode the list again")  # fmt: skip
-        loaded.append(Encoded(latent=latent, labels=labels, spacing_mm=case.spacing_mm, modality=modality(case.modality).id))
+        loaded.append(Encoded(id=case.id, latent=latent, labels=labels, spacing_mm=case.spacing_mm, modality=modality(case.modality).id,
+                              regions=case.regions))  # fmt: skip
     return loaded
 
 
 def scale_factor(cases: Sequence[Encoded]) -> float:
     """Return 1 / standard deviation of the latents, over all cases."""
-    count = sum(case.latent.size for case in cases)
-    mean = sum(float(case.latent.sum(dtype=np.float64)) for case in cases) / count
-    variance = sum(float(np.square(case.latent.astype(np.float64) - mean).sum()) for case in cases) / count
-    return float(1 / np.sqrt(variance))
+    sums = [
+        (each.size, float(each.sum()), float(np.square(each).sum())) for each in (np.asarray(case.latent, np.float64) for case in cases)
+    ]
+    count, total, squares = (sum(column) for column in zip(*sums, strict=True))
+    return float(1 / np.sqrt(squares / count - (total / count) ** 2))
+
+
+def spread_of_scales(cases: Sequence[Encoded]) -> tuple[float, float]:
+    """Return the smallest and the largest scale factor that a single case would give."""
+    each = [1 / float(np.asarray(case.latent, np.float64).std()) for case in cases]
+    return min(each), max(each)
 
 
 def draw_times(settings: TrainSettings, voxels: Sequence[int]) -> Tensor:
     """Draw times in [0, 1000), shifted by latent size as in sampling: r u / (1 + (r - 1) u), r = (N / 32^3)^(1/3) times `time_shift`."""
-    size = torch.tensor(voxels, dtype=torch.float32)
-    u = torch.rand(len(size)) if settings.timesteps == "uniform" else torch.sigmoid(torch.randn(len(size)))
-    ratio = settings.time_shift * (size / 32768) ** (1 / 3)
+    u = torch.rand(len(voxels)) if settings.timesteps == "uniform" else torch.sigmoid(torch.randn(len(voxels)))
+    return shifted(u, voxels, settings.time_shift)
+
+
+def shifted(u: Tensor, voxels: Sequence[int], shift: float = 1.0) -> Tensor:
+    """Return the times of a flow for uniform draws: later for larger latents."""
+    ratio = shift * (torch.tensor(voxels, dtype=torch.float32) / 32768) ** (1 / 3)
     return 1000 * ratio * u / (1 + (ratio - 1) * u)
 
 
@@ -65,6 +91,22 @@ def mix(data: Tensor, noise: Tensor, times: Tensor) -> Tensor:
     """Return x_t = (1 - t/1000) data + (t/1000) noise."""
     share = (times / 1000).view(-1, 1, 1, 1, 1)
     return (1 - share) * data + share * noise
+
+
+def diffuse(data: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """Return x_t = sqrt(a_t) data + sqrt(1 - a_t) noise, with the cumulative products `a` of DDPM's schedule at whole times."""
+    kept = ddpm_alphas().to(data.device)[times.long()].view(-1, 1, 1, 1, 1)
+    return kept.sqrt() * data + (1 - kept).sqrt() * noise
+
+
+def generalised(modality: int, rng: np.random.Generator, *, share: float, dropout: float) -> int:
+    """Return a modality, with probability `share` that of its kind (CT 1, MR 8) where it is a special one, and with `dropout` 0.
+
+    So that the model knows images of no known contrast, and can be guided (reference.md 5.2, step 3).
+    """
+    kind = 1 if 2 <= modality <= 7 else 8 if modality >= 9 else modality
+    found = kind if rng.random() < share else modality
+    return 0 if rng.random() < dropout else found
 
 
 Part = tuple[NDArray[np.float16], NDArray[np.uint8]]
@@ -88,77 +130,129 @@ def _body_voxels(part: Part) -> int:
 
 
 class DiffusionTask:
-    """Velocity regression on latents; modality is dropped now and then for classifier-free guidance."""
+    """Regression of the velocity of a flow, or of DDPM's noise, on latents; modality is dropped now and then for guidance."""
 
     name = "unet"
 
     def __init__(self, settings: TrainSettings, data: Path, *, network: str = "unet") -> None:
         self.settings = settings
+        self.generalise, self.dropout = settings.modality_generalise, settings.modality_dropout
         self.spec: ModelSpec = find_model(settings.model)
+        self.ddpm = self.spec.scheduler.get("name") == "ddpm"
+        self.takes_regions = bool(self.spec.networks["unet"].arguments.get("include_top_region_index_input"))
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(self.spec.networks[network])
         training, held = split(read_list(data), settings.fold)
         self.cases, self.held = load_cases(training), load_cases(held[:4])
+        if self.takes_regions:
+            require_regions([*self.cases, *self.held])
         self.scale = scale_factor(self.cases)
+        low, high = spread_of_scales(self.cases)
+        self.notes = [f"scale factor {self.scale:.4f} over {len(self.cases)} cases; of single ones {low:.4f} to {high:.4f}"]
+        self.data_hashes = data_hashes(data, [*training, *held])
         if settings.init:
             state = load_state(Path(settings.init))
-            self.network.load_state_dict({key: value.float() for key, value in state.tensors.items()})
-            self.scale = state.scale_factor or self.scale  # fine-tuning keeps the scale of the weights it starts from
+            self.notes += start_from(self.network, state.tensors, Path(settings.init), partial=settings.init_partial)
+            if state.scale_factor is not None:  # fine-tuning keeps the scale of the weights it starts from
+                self.scale = state.scale_factor
+                self.notes.append(f"scale factor {self.scale:.4f} as in {settings.init}, not that of these latents")
 
     def to(self, device: torch.device) -> None:
         """Nothing frozen to move."""
 
-    def batch(self, rng: np.random.Generator) -> Mapping[str, Tensor]:
+    def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Draw whole volumes (a share `whole_share`, one at a time) or one of `crops`, in latent voxels.
 
         Of two places for a crop the one with more body in it is taken: much of a volume is air, soon learned.
         """
-        chosen = [self.cases[int(rng.integers(len(self.cases)))] for _ in range(self.settings.batch_size)]
+        chosen = [self.draw_case(rng) for _ in range(self.settings.batch_size)]
         if rng.random() < self.settings.whole_share:
-            return self._stack(chosen[:1], None, rng)
+            same = [case for case in chosen if case.latent.shape == chosen[0].latent.shape]
+            return self._stack(same, None, rng)
         return self._stack(chosen, self.settings.crops[int(rng.integers(len(self.settings.crops)))], rng)
 
-    def _stack(self, cases: Sequence[Encoded], crop: tuple[int, int, int] | None, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw_case(self, rng: np.random.Generator) -> Encoded:
+        """Draw one training case."""
+        return self.cases[int(rng.integers(len(self.cases)))]
+
+    def _stack(self, cases: Sequence[Encoded], crop: tuple[int, int, int] | None, rng: np.random.Generator) -> dict[str, Any]:
         latents, labels = [], []
         for case in cases:
             latent, label = _whole(case) if crop is None else max((_cut(case, crop, rng) for _ in range(2)), key=_body_voxels)
             latents.append(latent.astype(np.float32))
-            labels.append(label[None])
-        classes = [case.modality if rng.random() >= self.settings.modality_dropout else 0 for case in cases]
-        return {
+            labels.append(np.asarray(label)[None])
+        classes = [generalised(case.modality, rng, share=self.generalise, dropout=self.dropout) for case in cases]
+        made = {
+            "ids": [case.id for case in cases],
             "latent": torch.from_numpy(np.stack(latents)) * self.scale,
             "labels": torch.from_numpy(np.stack(labels)),
             "spacing": torch.tensor([case.spacing_mm for case in cases], dtype=torch.float32) * 100,
             "class": torch.tensor(classes, dtype=torch.long),
             "voxels": torch.tensor([int(np.prod(case.latent.shape[1:])) for case in cases]),
         }
+        if self.takes_regions:
+            made |= {name: torch.tensor([case.regions[k] for case in cases], dtype=torch.float32) * 100  # type: ignore[index]
+                     for k, name in enumerate(("top", "bottom"))}  # fmt: skip
+        return made
 
-    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Return the distance between predicted and true velocity."""
+    # --- the loss ---------------------------------------------------------------------------------
+
+    def loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Return the distance between prediction and target."""
+        latent, times, noise = self.noised(batch)
+        made = self.predict(network, self.at(latent, noise, times), times, batch)
+        return distance(made, self.target(latent, noise), self.settings.loss), {}
+
+    def noised(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return latents, and the times and noise that are drawn for them with torch's generator."""
         latent = batch["latent"]
-        times = draw_times(self.settings, batch["voxels"].tolist()).to(latent.device)
-        noise = torch.randn(latent.shape).to(latent.device)
-        return distance(self.predict(network, mix(latent, noise, times), times, batch), latent - noise, self.settings.loss), {}
+        count = len(batch["voxels"])
+        times = torch.randint(0, 1000, (count,)) if self.ddpm else draw_times(self.settings, batch["voxels"].tolist())
+        return latent, times.to(latent.device), torch.randn(latent.shape).to(latent.device)
 
-    def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the network's velocity."""
-        return network(x=x, timesteps=times, spacing_tensor=batch["spacing"], class_labels=batch["class"])  # type: ignore[no-any-return]
+    def at(self, latent: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Return the latent with noise, at each time."""
+        return diffuse(latent, noise, times) if self.ddpm else mix(latent, noise, times)
+
+    def target(self, latent: Tensor, noise: Tensor) -> Tensor:
+        """Return what is predicted: a flow's velocity, data minus noise, or DDPM's noise."""
+        return noise if self.ddpm else latent - noise
+
+    def predict(self, network: nn.Module, x: Tensor, times: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return the network's prediction."""
+        return network(x=x, timesteps=times, **self.inputs(batch))  # type: ignore[no-any-return]
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return what a diffusion model is told beside the latent and the time."""
+        arguments = self.spec.networks["unet"].arguments
+        made: dict[str, Tensor] = {}
+        if arguments.get("include_spacing_input"):
+            made["spacing_tensor"] = batch["spacing"]
+        if arguments.get("num_class_embeds"):
+            made["class_labels"] = batch["class"]
+        if self.takes_regions:
+            made |= {"top_region_index_tensor": batch["top"], "bottom_region_index_tensor": batch["bottom"]}
+        return made
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Return the loss at four fixed times with fixed noise, on whole held-out volumes."""
         device = next(network.parameters()).device
-        rng = np.random.default_rng(0)
         losses: dict[float, list[float]] = {}
         for index, case in enumerate(self.held):
-            batch = {key: value.to(device) for key, value in self._stack([case], None, rng).items()}
-            batch["class"] = torch.full_like(batch["class"], case.modality)
+            batch = self.held_batch(case, device)
             noise = torch.randn(batch["latent"].shape, generator=torch.Generator().manual_seed(index)).to(device)
-            for time in (100.0, 350.0, 650.0, 900.0):
+            for time in VALIDATED:
                 at = torch.tensor([time], device=device)
-                made = self.predict(network, mix(batch["latent"], noise, at), at, batch)
-                losses.setdefault(time, []).append(float(distance(made, batch["latent"] - noise, "l2")))
+                made = self.predict(network, self.at(batch["latent"], noise, at), at, batch)
+                losses.setdefault(time, []).append(float(distance(made, self.target(batch["latent"], noise), "l2")))
         means = {f"t{int(time)}": float(np.mean(values)) for time, values in losses.items()}
         return {"score": float(np.mean(list(means.values()))), **means}
+
+    def held_batch(self, case: Encoded, device: torch.device) -> dict[str, Any]:
+        """Return a whole held-out case as a batch, with its own modality."""
+        batch = self._stack([case], None, np.random.default_rng(0))
+        batch["class"] = torch.full_like(batch["class"], case.modality)
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -172,6 +266,30 @@ class DiffusionTask:
     def metadata(self, part: str) -> dict[str, str]:
         """Name the part and its latent scale."""
         return {"part": part, "scale_factor": repr(self.scale)}
+
+
+def require_regions(cases: Sequence[Encoded]) -> None:
+    """Raise `UsageError` for a case whose body regions the list does not tell."""
+    for case in cases:
+        if case.regions is None:
+            raise UsageError(f"case {case.id} has no body regions, which this model is told",
+                             hint="add top_region_index and bottom_region_index, such as [0, 1, 0, 0], to the list")  # fmt: skip
+
+
+def start_from(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, partial: bool = False) -> list[str]:
+    """Fill a network with weights; with `partial` those that it has in the same shape, which is told.
+
+    Raises `UsageError` that names the keys that do not fit.
+    """
+    if not partial:
+        network.load_state_dict({key: value.float() for key, value in fitting(network, tensors, path).items()})
+        return []
+    wanted = network.state_dict()
+    same = {key: value.float() for key, value in tensors.items() if key in wanted and wanted[key].shape == value.shape}
+    if not same:
+        raise UsageError(f"{path} has no weight that fits", hint="is it of another network?")
+    network.load_state_dict({**wanted, **same})
+    return [f"{len(same)} of {len(wanted)} tensors are from {path}, the others start anew"]
 
 
 def task(settings: TrainSettings, data: Path) -> DiffusionTask:

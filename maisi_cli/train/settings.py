@@ -43,6 +43,7 @@ class TrainSettings:
     vae: str | None = None
     unet: str | None = None
     init: str | None = None
+    init_partial: bool = False
     # the data
     fold: int = 0
     # what is drawn
@@ -57,11 +58,18 @@ class TrainSettings:
     latent_noise: float = 0.0
     # the diffusion model
     modality_dropout: float = 0.1
+    modality_generalise: float = 0.1
     timesteps: str = "uniform"
     time_shift: float = 1.0
     # the ControlNet
     train_unet: bool = False
     label_dropout: float = 0.1
+    weighted_labels: tuple[str, ...] = ()
+    weighted_loss: float = 100.0
+    contrastive_weight: float = 0.0
+    contrastive_delta: float = 2.0
+    replay: str | None = None
+    replay_share: float = 0.3
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
