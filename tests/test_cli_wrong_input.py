@@ -144,7 +144,7 @@ NAMES = [
     ("train vea --data list.json --out new", "did you mean 'vae'", "maisi train --help"),
     ("train mask-vae --data list.json --out new", "no such command 'mask-vae'", "maisi train --help"),
     ("train mask-dm --data list.json --out new", "no such command 'mask-dm'", "maisi train --help"),
-    ("train vae --data list.json --out new --gpus 2", "no such option: --gpus", "maisi train vae --help"),
+    ("train vae --data list.json --out new --gpus 0", "--gpus 0 is no number of GPUs", "auto"),
     ("data check list.json", "no such command 'check'", "maisi data --help"),
     ("models pull rflow-tc", "no model named 'rflow-tc'", "'rflow-ct'"),
     ("models pull tiny.toml", "lists no file of a hub", "beside tiny.toml"),
