@@ -27,7 +27,7 @@ from .previews import save_previews
 from .recompute import recompute
 from .settings import TrainSettings
 from .state import Identity, Learner, refuse_losing, restore, save, starting_point
-from .tracking import Trackers
+from .tracking import Trackers, check_trackers
 
 _SPOILED_AT_MOST = 5
 _SPOILED_WITH_SCALER = 40  # a scaler of fp16 begins far too high, and halves until gradients fit
@@ -80,6 +80,7 @@ def run(
     gradient are not finite: several times in a row, or once where `on_nan` is `stop`.
     """
     written = _weights(out, task)
+    check_trackers(settings.trackers)
     refuse_losing({"init": settings.init, "unet": settings.unet, "vae": settings.vae}, written, out)
     with accelerated(settings) as (accelerator, ranks):
         checkpoint = ranks.share(starting_point(out, written, resume, force=force) if ranks.rank == 0 else None)

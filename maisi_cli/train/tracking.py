@@ -85,13 +85,19 @@ class Board:
     """TensorBoard's event files, under `tensorboard/`."""
 
     def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(out / BOARD), purge_step=step + 1)
+
+    @staticmethod
+    def check() -> None:
+        """Raise `CannotRun` where the package is not installed."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise CannotRun(
                 "the tracker tensorboard needs a package that is not installed", hint='pip install "maisi[tensorboard]"'
             ) from error
-        self.writer: Any = SummaryWriter(str(out / BOARD), purge_step=step + 1)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Add a scalar for each figure: `train/loss`, `validation/score`."""
@@ -104,13 +110,20 @@ class Board:
         self.writer.close()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise for a name that no plugin registers, and for a tracker that cannot be opened here."""
+    for name in names:
+        check = getattr(plugins().registry("trackers").get(name), "check", None)
+        if check is not None:
+            check()
+
+
 class Trackers:
     """`log.jsonl` and the trackers of a run, as one."""
 
     def __init__(self, names: Sequence[str], out: Path, step: int) -> None:
         registry = plugins().registry("trackers")
-        self.all: list[Tracker] = [registry.get(name)(out, step) for name in names]  # first: a missing package changes no file
-        self.all.append(JsonLines(out, step))
+        self.all: list[Tracker] = [JsonLines(out, step), *(registry.get(name)(out, step) for name in names)]
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Tell them all."""
