@@ -93,3 +93,11 @@ def register_formats(register: Register) -> None:
 def register_executors(register: Register) -> None:
     """Register the ways to run many samples."""
     register("local", "maisi_cli.synthesis:run_local", summary="one after another in this process")
+
+
+@hookimpl
+def register_trackers(register: Register) -> None:
+    """Register the trackers of training; `log.jsonl` is always written."""
+    room = "maisi_cli.train.tracking"
+    register("csv", f"{room}:CsvTable", summary="log.csv, a row for each figure")
+    register("tensorboard", f"{room}:Board", summary="event files of TensorBoard (pip install maisi[tensorboard])")

@@ -119,6 +119,15 @@ def register_executors(register: Register) -> None:
 
 
 @hookspec
+def register_trackers(register: Register) -> None:
+    """Add trackers of training: `register("mlflow", "my_package:mlflow", summary=...)`, chosen with `train.trackers`.
+
+    The target is a function `open(out, step) -> Tracker`, see `maisi_cli.train.tracking.Tracker`: `out` is the run's folder,
+    `step` the one that training goes on from. It gets the figures that `log.jsonl` has.
+    """
+
+
+@hookspec
 def register_commands(register: Register) -> None:
     """Add commands: `register("view", "my_package:view_command")`, a function with Typer's annotations."""
 

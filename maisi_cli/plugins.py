@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "formats": ("format", "maisi plugins list"),
     "presets": ("preset", "maisi presets list"),
     "executors": ("executor", "maisi plugins list"),
+    "trackers": ("tracker", "maisi plugins list"),
     "commands": ("command", "maisi --help"),
 }
 

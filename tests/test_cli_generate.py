@@ -372,7 +372,7 @@ def test_ctrl_c_ends_training_with_130_and_it_goes_on(model: Path, tmp_path: Pat
     assert (done.code, done.out) == (130, "")
     assert "continue with --resume auto" in done.err
     assert "Traceback" not in done.err
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "state.pt", "vae.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "log.jsonl", "vae.safetensors"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     last = max(row["step"] for row in rows)
     before = Path.cwd()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +23,39 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any train.* setting, as TOML; may be repeated.", show_default=False)
 ]
 Resume = Annotated[
-    str | None, typer.Option("--resume", metavar="auto|FILE", help="Continue exactly where a run stopped.", show_default=False)
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="auto|DIR",
+        help="Continue exactly where a run stopped: its last checkpoint, or the folder of one.",
+        show_default=False,
+    ),
 ]
 Init = Annotated[
     Path | None, typer.Option("--init", metavar="FILE", help="Weights to start from; the file is never written.", show_default=False)
+]
+Gpus = Annotated[
+    str, typer.Option("--gpus", metavar="auto|N", help="Train in N processes, one on each GPU (auto: all); without CUDA on the processor.")
+]
+Accumulate = Annotated[
+    int | None,
+    typer.Option(
+        "--accumulate",
+        metavar="N",
+        min=1,
+        help="Batches whose gradients are summed to one step.  [default: 1, or the preset's]",
+        show_default=False,
+    ),
+]
+KeepLast = Annotated[
+    int | None,
+    typer.Option("--keep-last", metavar="N", min=1, help="Checkpoints that are kept.  [default: 1, or the preset's]", show_default=False),
+]
+Overfit = Annotated[
+    int | None,
+    typer.Option(
+        "--overfit", metavar="N", min=1, help="Train on the first N cases alone, to see whether it learns at all.", show_default=False
+    ),
 ]
 
 train_app = typer.Typer(help="Train the VAE, the diffusion model and the ControlNet.", no_args_is_help=True)
@@ -36,10 +66,12 @@ train_app = typer.Typer(help="Train the VAE, the diffusion model and the Control
     "maisi train vae --data phantoms/ --out runs/vae --set train.steps=4 --resume auto"))  # fmt: skip
 def vae(
     data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
     force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Train the autoencoder that turns volumes into latents and back."""
-    _train("vae", data, out, preset, {"init": init}, set_, resume, force, as_json)
+    _train("vae", data, out, preset, {"init": init}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
 
 
 @train_app.command("dm", epilog=examples(
@@ -47,10 +79,12 @@ def vae(
     "maisi train dm --data latents/ --out runs/dm --set train.steps=4 --resume auto"))  # fmt: skip
 def dm(
     data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
     force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Train the latent diffusion model, as a rectified flow, on encoded data."""
-    _train("dm", data, out, preset, {"init": init}, set_, resume, force, as_json)
+    _train("dm", data, out, preset, {"init": init}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
 
 
 @train_app.command("controlnet", epilog=examples(
@@ -60,16 +94,19 @@ def controlnet(
     data: Data, out: TrainOut,
     unet: Annotated[Path | None, typer.Option("--unet", metavar="FILE", help="Weights of the frozen diffusion model.", show_default=False)] = None,
     preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
     force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Train the ControlNet that makes a frozen diffusion model follow masks."""
-    _train("controlnet", data, out, preset, {"init": init, "unet": unet}, set_, resume, force, as_json)
+    _train("controlnet", data, out, preset, {"init": init, "unet": unet}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
 
 
 def _train(
     kind: str, data: Path, out: Path, preset: str | None, files: dict[str, Path | None], set_: list[str] | None,
-    resume: str | None, force: bool, as_json: bool,
+    resume: str | None, force: bool, as_json: bool, gpus: str = "1", options: Mapping[str, int | None] | None = None,
 ) -> None:  # fmt: skip
+    """Train, and print the path of the weights. A run that was stopped has saved its state, and ends with 130."""
     from ..errors import UsageError
     from ..files import require_folder
     from ..settings import parse_assignments
@@ -80,7 +117,8 @@ def _train(
     require_folder(out)
     assigned = parse_assignments(set_ or [], ("train",))
     _check_types(assigned)
-    overrides = {**assigned, **{key: str(value) for key, value in files.items() if value is not None}}
+    flags = {key: value for key, value in (options or {}).items() if value is not None}
+    overrides = {**assigned, **flags, **{key: str(value) for key, value in files.items() if value is not None}}
     stopped: list[Event] = []
     with output.events() as on_event:
         from .. import train
@@ -90,13 +128,23 @@ def _train(
                 stopped.append(event)
             on_event(event)
 
-        weights = train.train(kind, data=data, out=out, preset=preset, overrides=overrides, resume=resume, force=force, on_event=listen)
+        weights = train.train(
+            kind, data=data, out=out, preset=preset, overrides=overrides, resume=resume, force=force,
+            gpus=int(gpus) if gpus.isdigit() else gpus, on_event=listen,
+        )  # fmt: skip
+    if not _is_first():
+        return
     if stopped:  # the state is saved; the run is not done
         raise KeyboardInterrupt
     if as_json:
         output.json_out({"schema": "maisi.train/1", "kind": kind, "weights": str(weights), "log": str(out / "log.jsonl")})
     else:
         output.data(str(weights))
+
+
+def _is_first() -> bool:
+    """Say whether this process answers for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check_types(assigned: Mapping[str, Any]) -> None:

@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..events import OnEvent, ignore
+from ..record import sha256_of
+from .launch import launch, processes, processes_wanted
+from .overfit import only
 from .settings import KINDS, TrainSettings, settings_from
 
 __all__ = ["KINDS", "TrainSettings", "settings_from", "train"]
@@ -18,16 +22,38 @@ __all__ = ["KINDS", "TrainSettings", "settings_from", "train"]
 
 def train(
     kind: str, *, data: str | Path, out: str | Path, preset: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None, resume: str | None = None, force: bool = False, on_event: OnEvent = ignore,
+    overrides: Mapping[str, Any] | None = None, resume: str | None = None, force: bool = False, gpus: int | str = 1,
+    on_event: OnEvent = ignore,
 ) -> Path:  # fmt: skip
     """Train one network (`vae`, `dm` or `controlnet`) on a data list; return the exported weights file.
 
-    `preset` defaults to `nano-<kind>`. `resume` is `auto` (continue what is in `out`, if anything) or a state file. The
-    weights that training starts from are never written. Raises `UsageError` for bad settings, lists and states.
+    `preset` defaults to `nano-<kind>`. `resume` is `auto` (continue what is in `out`, if anything) or the folder of a checkpoint.
+    `gpus` is a number of processes, or `auto` for one on each GPU; torchrun and accelerate start them as well. The weights that
+    training starts from are never written. Raises `UsageError` for bad settings, lists and states.
     """
+    settings = settings_from(kind, preset or f"nano-{kind}", overrides)
+    arguments = {"data": Path(data), "settings": settings, "out": Path(out), "resume": resume, "force": force}
+    count = processes_wanted(gpus, settings.device) if gpus != 1 else 1
+    if count > 1:
+        return launch(_train_here, count, arguments, on_event)
+    return _train_here(**arguments, on_event=on_event)
+
+
+def _train_here(*, data: Path, settings: TrainSettings, out: Path, resume: str | None, force: bool, on_event: OnEvent) -> Path:
+    """Train in this process, as one of those that a launcher started, if any did."""
     from . import controlnet, diffusion, vae
     from .loop import Task, run
 
-    settings = settings_from(kind, preset or f"nano-{kind}", overrides)
     tasks: dict[str, Callable[[TrainSettings, Path], Task]] = {"vae": vae.task, "dm": diffusion.task, "controlnet": controlnet.task}
-    return run(tasks[kind](settings, Path(data)), settings, Path(out), resume=resume, force=force, on_event=on_event)
+    # a task draws the batch of all processes; each of them keeps its part
+    together = dataclasses.replace(settings, batch_size=settings.batch_size * processes())
+    with only(data, settings.overfit) as chosen:
+        hashes = data_hashes(settings.kind, chosen)
+        task = tasks[settings.kind](together, chosen)
+    return run(task, settings, out, resume=resume, force=force, on_event=on_event, data_hashes=hashes)
+
+
+def data_hashes(kind: str, data: Path) -> dict[str, str]:
+    """Return the hash of the list that a training reads, by its name."""
+    path = data / ("latents.json" if kind in ("dm", "controlnet") else "list.json") if data.is_dir() else data
+    return {f"list {path.name}": sha256_of(path)} if path.is_file() else {}

@@ -146,7 +146,7 @@ class ControlNetTask(DiffusionTask):
         total = self.weighted_distance(made, target, batch.get("labels"))
         figures: dict[str, float | Tensor] = {"distance": total.detach()}
         if without is not None:
-            changed, same = contrastive.regions(*labels, latent.shape[2:])
+            changed, same = contrastive.regions(batch["labels"], batch["without"], latent.shape[2:])
             near = contrastive.foreground(made.float(), without.float(), changed, self.settings.contrastive_delta)
             far = contrastive.background(without.float(), target, same)
             total = total + self.settings.contrastive_weight * (near + far)

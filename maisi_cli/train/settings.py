@@ -18,7 +18,9 @@ class TrainSettings:
     """The settings of a training run: `[train]` of a preset under `presets/train/`, overridden by `--set train.KEY=`.
 
     A run ends after `steps`, or earlier after `max_minutes`; the learning rate rises over `warmup_steps` and falls to
-    `lr * final_lr` along a cosine of whichever of the two is further on. Cases of `fold` are held out.
+    `lr * final_lr` along the `schedule`, by whichever of the two is further on. A step sees `batch_size` times `accumulate`
+    samples in each process; `preview_every` 0 makes no previews; `overfit` N trains on N cases alone.
+    Cases of `fold` are held out.
     """
 
     kind: str
@@ -27,17 +29,28 @@ class TrainSettings:
     steps: int = 1000
     max_minutes: float | None = None
     batch_size: int = 1
+    accumulate: int = 1
+    optimiser: str = "adamw"
     lr: float = 1e-4
+    schedule: str = "cosine"
     final_lr: float = 0.02
     warmup_steps: int = 50
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     precision: str = "no"
+    recompute: bool = False
+    compile: bool = False
+    on_nan: str = "skip"
     seed: int = 0
     validate_every: int = 250
+    preview_every: int = 0
     save_every: int = 250
     keep_last: int = 1
+    trackers: tuple[str, ...] = ()
+    overfit: int | None = None
     device: str = "auto"
     # weights to start from
     vae: str | None = None
@@ -74,15 +87,32 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown("training", self.kind, KINDS, see="maisi train --help")
-        for name, allowed in (("loss", ("l1", "l2")), ("timesteps", ("uniform", "logit-normal")),
-                              ("precision", ("no", "bf16", "fp16"))):  # fmt: skip
+        self._check_run()
+        for name, allowed in (("loss", ("l1", "l2")), ("timesteps", ("uniform", "logit-normal"))):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
-        for name in ("steps", "batch_size", "lr", "time_shift", "validate_every", "save_every"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be larger than 0")
+        if self.time_shift <= 0:
+            raise UsageError(f"train.time_shift is {self.time_shift}", hint="it must be larger than 0")
         if self.latent_noise < 0:
             raise UsageError(f"train.latent_noise is {self.latent_noise}", hint="use a share of the latent's deviation, such as 0.2, or 0")
+
+    def _check_run(self) -> None:
+        for name, allowed in (("precision", ("no", "fp32", "bf16", "fp16")), ("schedule", ("cosine", "polynomial", "constant")),
+                              ("optimiser", ("adamw", "adam")), ("on_nan", ("skip", "stop"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
+        for name in ("steps", "batch_size", "accumulate", "lr", "eps", "clip_norm", "validate_every", "save_every", "keep_last"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be larger than 0")
+        if self.preview_every < 0:
+            raise UsageError(f"train.preview_every is {self.preview_every}", hint="use a number of steps, or 0 for no previews")
+        if self.overfit is not None and self.overfit <= 0:
+            raise UsageError(f"train.overfit is {self.overfit}", hint="use a number of cases, such as 2")
+        if not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise UsageError(f"train.betas is {list(self.betas)}", hint="use two numbers from 0 to below 1, such as [0.9, 0.99]")
+        for name in ("final_lr", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be between 0 and 1")
 
 
 def settings_from(kind: str, preset: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainSettings:
