@@ -120,11 +120,11 @@ class ControlNetTask(DiffusionTask):
         if device.type == "cpu":
             self.controlnet.controlnet_cond_embedding.to(memory_format=torch.channels_last_3d)  # type: ignore[operator, union-attr, call-overload]
 
-    def draw_case(self, rng: np.random.Generator) -> Encoded:
+    def draw_case(self, rng: np.random.Generator, among: Sequence[Encoded] | None = None) -> Encoded:
         """Draw one training case, or one of those that are replayed."""
-        if self.replayed and rng.random() < self.settings.replay_share:
-            return self.replayed[int(rng.integers(len(self.replayed)))]
-        return super().draw_case(rng)
+        if among is None and self.replayed and rng.random() < self.settings.replay_share:
+            return super().draw_case(rng, self.replayed)
+        return super().draw_case(rng, among)
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Draw a batch; where the diffusion model learns too, some come without labels; with contrast, also without lesions."""

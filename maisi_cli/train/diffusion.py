@@ -161,19 +161,21 @@ class DiffusionTask:
         """Nothing frozen to move."""
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
-        """Draw whole volumes (a share `whole_share`, one at a time) or one of `crops`, in latent voxels.
+        """Draw whole volumes of one size (a share `whole_share`) or one of `crops`, in latent voxels.
 
         Of two places for a crop the one with more body in it is taken: much of a volume is air, soon learned.
         """
-        chosen = [self.draw_case(rng) for _ in range(self.settings.batch_size)]
-        if rng.random() < self.settings.whole_share:
-            same = [case for case in chosen if case.latent.shape == chosen[0].latent.shape]
-            return self._stack(same, None, rng)
-        return self._stack(chosen, self.settings.crops[int(rng.integers(len(self.settings.crops)))], rng)
+        whole = rng.random() < self.settings.whole_share
+        first = self.draw_case(rng)
+        peers = [each for each in self.cases if each.latent.shape == first.latent.shape] if whole else None
+        chosen = [first, *(self.draw_case(rng, peers) for _ in range(self.settings.batch_size - 1))]
+        crop = None if whole else self.settings.crops[int(rng.integers(len(self.settings.crops)))]
+        return self._stack(chosen, crop, rng)
 
-    def draw_case(self, rng: np.random.Generator) -> Encoded:
-        """Draw one training case."""
-        return self.cases[int(rng.integers(len(self.cases)))]
+    def draw_case(self, rng: np.random.Generator, among: Sequence[Encoded] | None = None) -> Encoded:
+        """Draw one training case, or one of `among`."""
+        cases = among or self.cases
+        return cases[int(rng.integers(len(cases)))]
 
     def _stack(self, cases: Sequence[Encoded], crop: tuple[int, int, int] | None, rng: np.random.Generator) -> dict[str, Any]:
         latents, labels = [], []

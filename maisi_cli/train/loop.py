@@ -39,7 +39,8 @@ class Task(Protocol):
     A task may have more: `preview(network)` returns named volumes (x, y, z) made with fixed seeds from the averaged weights;
     `data_hashes` tells by name what is trained on, so that a run does not go on with other data; `opponent` is a second network
     with an optimiser of its own, `opponent_name` its file, and `opponent_loss(opponent, batch)` returns its loss and figures
-    right after each step of the network, on the same batch. A batch may name its cases in `ids`.
+    right after each step of the network, on the same batch. A batch may name its cases in `ids`; `notes` are said
+    when training begins.
     """
 
     name: str
@@ -88,6 +89,8 @@ def run(
         learner, prepared, opponent = _prepared(task, settings, accelerator)
         identity = Identity.of(settings, {**(data_hashes or {}), **getattr(task, "data_hashes", {})}, ranks.size)
         say = on_event if ranks.rank == 0 else ignore
+        for text in getattr(task, "notes", ()):
+            say(Note(text=text))
         if checkpoint is not None:
             restore(checkpoint, learner, identity, ranks)
             _check_best(learner, checkpoint, written, say)
