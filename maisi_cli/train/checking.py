@@ -19,12 +19,12 @@ from ..catalog import ModelSpec
 from ..catalog import modality as find_modality
 from ..catalog import model as find_model
 from ..errors import UsageError
-from ..events import Note, OnEvent, Stage, Step, ignore
+from ..events import OnEvent, Stage, Step, ignore
 from ..files import NIFTI_ENDS
 from ..geometry import Size, format_triple
 from ..quality import Context, laterality
 from ..record import sha256_of
-from ..volumes import Mask, Volume, read_image, read_mask, require_same_grid, stored_type
+from ..volumes import Mask, Volume, orientation_doubt, read_image, read_mask, require_same_grid, stored_type
 from .encoding import FACTOR, KNOWN_LABELS, Encoding, require_spacing, strange_labels, unknown_labels
 from .lists import FILES, HELD_OUT, Case, Row, all_rows, case_of, id_of
 
@@ -202,22 +202,25 @@ def _image(case: Case, findings: list[Finding]) -> Volume | None:
     if case.image is None:
         return None
     path = case.image
-    return _collect(findings, "image", case.id, lambda: _read(path, read_image))  # type: ignore[no-any-return]
+    image: Volume | None = _collect(findings, "image", case.id, lambda: _read(path, read_image))
+    if image is not None:
+        findings += _orientation(case, path)
+    return image
+
+
+def _orientation(case: Case, path: Path) -> Iterator[Finding]:
+    doubt = orientation_doubt(path)
+    if doubt is not None:
+        yield _warning("orientation", case.id, text=doubt, fix="look at it in a viewer, and write the right affine to qform and sform")
 
 
 def _label(case: Case, findings: list[Finding]) -> Mask | None:
     path = case.label
     assert path is not None
-    notes: list[str] = []
-
-    def hear(event: Any) -> None:
-        if isinstance(event, Note) and event.level == "warning":
-            notes.append(event.text)
-
-    mask: Mask | None = _collect(findings, "label", case.id, lambda: _read(path, partial(read_mask, on_event=hear)))
+    mask: Mask | None = _collect(findings, "label", case.id, lambda: _read(path, read_mask))
     if mask is None:
         return None
-    findings += [_warning("orientation", case.id, text=text, fix="write one affine to both of them") for text in notes]
+    findings += _orientation(case, path)
     kind = stored_type(path)
     if kind.startswith("float"):
         text = f"{path} stores its labels as {kind}, which programs interpolate and round"

@@ -84,15 +84,20 @@ def read_lists(
     """Read several lists as one. There is one of `bases` for all of them, or one for each. Raises `UsageError` as `read_list` does."""
     rows = [row for row in all_rows(paths, bases) if row.section in sections]
     cases = [case_of(row) for row in rows]
+    require_ids(rows, cases)
+    if not cases:
+        raise UsageError(f"{', '.join(map(str, paths))} lists no cases", hint="make some:  maisi data phantom --count 32 --out DIR")
+    return cases
+
+
+def require_ids(rows: Sequence[Row], cases: Sequence[Case]) -> None:
+    """Refuse an id that two entries have, but for case. Raises `UsageError`, naming both rows."""
     first: dict[str, str] = {}
     for row, case in zip(rows, cases, strict=True):
         if case.id.casefold() in first:
             raise UsageError(f"{row.where}: the id {case.id!r} is there already ({first[case.id.casefold()]})",
                              hint="give each case an id of its own: its files are named after it")  # fmt: skip
         first[case.id.casefold()] = row.where
-    if not cases:
-        raise UsageError(f"{', '.join(map(str, paths))} lists no cases", hint="make some:  maisi data phantom --count 32 --out DIR")
-    return cases
 
 
 def all_rows(paths: Sequence[str | Path], bases: Sequence[str | Path] = ()) -> list[Row]:
