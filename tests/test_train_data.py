@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -434,6 +435,17 @@ def test_labels_that_a_labels_json_names_are_known(tmp_path: Path) -> None:
     named = [{"id": 140, "name": "cyst of mine"}]
     (tmp_path / "labels.json").write_text(json.dumps({"schema": "maisi.labels/1", "vocabulary": "maisi", "labels": named}), "utf-8")
     assert check(write(tmp_path / "list.json", rows)) == []
+
+
+def test_the_page_on_data_names_every_check_with_its_severity() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text("utf-8")
+    section = page.partition("## `maisi data check`")[2].partition("\nWho a patient")[0]
+    table = re.findall(r"^\| (`[^|]+) \| ([a-z, ]+) \| ", section, flags=re.M)
+    told = {name: set(severities.split(", ")) for names, severities in table for name in re.findall(r"`([a-z-]+)`", names)}
+    made: dict[str, set[str]] = {"duplicate": set(), "latent": {"error"}}
+    for _, (check, severity, _case), _words in IMAGES.values():
+        made.setdefault(check, set()).add(severity)
+    assert told == made
 
 
 @pytest.mark.parametrize(

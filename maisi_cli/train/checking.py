@@ -285,10 +285,12 @@ def _takes_parts_alone(case: Case, size: Size, spec: ModelSpec, fix: str) -> Fin
 
 
 def _sides(case: Case, mask: Mask) -> Iterator[Finding]:
-    for each in laterality(None, mask, Context()):
-        if not each.passed:
-            yield _error("orientation", case.id, text=f"left and right of its label map look exchanged: {each.text}",
-                          fix="correct the affine of the file: compare it with the image in a viewer")  # fmt: skip
+    wrong = "; ".join(each.text for each in laterality(None, mask, Context()) if not each.passed)
+    if wrong:
+        yield _error(
+            "orientation", case.id, text=f"left and right of its label map look exchanged: {wrong}",
+            fix="correct the affine of the file; or map its labels (maisi labels map) where they are those of another vocabulary",
+        )  # fmt: skip
 
 
 def _latent(case: Case, spec: ModelSpec, findings: list[Finding]) -> int | None:

@@ -292,15 +292,15 @@ def _ahead(work: Callable[[Case], T], cases: Sequence[Case]) -> Iterator[tuple[C
 @contextlib.contextmanager
 def _collected(case: Case, failed: dict[str, MaisiError], on_event: OnEvent) -> Iterator[None]:
     """Keep what is wrong with one case, so that the others are still encoded; a full disk or a missing device ends all."""
-    import torch
-
     try:
         yield
     except UsageError as error:
         failed[case.id] = error
     except OSError as error:
         failed[case.id] = UsageError(f"{error.filename} cannot be read: {error.strerror}", hint="copy the file again")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
+            raise
         failed[case.id] = UsageError("out of memory", hint="use a smaller --size, or --device cpu")
     if case.id in failed:
         on_event(Note(text=f"case {case.id} was not encoded: {failed[case.id]}", level="warning"))
