@@ -371,6 +371,11 @@ def bad_latent() -> NDArray[np.float16]:
     return array
 
 
+def nifti_label(folder: Path, rows: list[dict[str, Any]]) -> None:
+    save(labels(1, (16, 16, 12)), folder / "p1_seg.nii.gz")
+    rows[1]["label"] = "p1_seg.nii.gz"
+
+
 LATENTS: dict[str, tuple[Break, str, str]] = {
     "damaged": (damage("p1_latent.npy"), "latent", "damaged"),
     "pickled": (lambda folder, _: np.save(folder / "p1_latent.npy", np.array([{}], dtype=object), allow_pickle=True), "latent", "damaged"),
@@ -379,6 +384,9 @@ LATENTS: dict[str, tuple[Break, str, str]] = {
     "not finite": (store(bad_latent, "p1_latent.npy"), "latent", "not finite"),
     "labels of another size": (store(lambda: labels(1, (16, 16, 12)), "p1_labels.npy"), "latent", "not 4 times"),
     "labels of another type": (store(lambda: labels(1).astype(np.int64), "p1_labels.npy"), "latent", "int64"),
+    "unknown labels": (store(lambda: np.where(labels(1) == BRAIN, 140, labels(1)).astype("u1"), "p1_labels.npy"), "labels-known", "140"),
+    "no label": (store(lambda: 0 * labels(1), "p1_labels.npy"), "labels-known", "no label at all"),
+    "a label map of another size": (nifti_label, "latent", "not 4 times"),
     "another size than listed": (set_(1, dim=[16, 16, 32]), "latent", "the list says 16x16x32"),
     "another VAE": (set_(1, vae_sha256="b" * 64), "latent", "bbbbbbbbbbbb, not aaaaaaaaaaaa"),
     "a VAE without a name": (set_(1, vae_sha256=None), "latent", "not named"),
@@ -625,6 +633,9 @@ def test_what_is_encoded_already_is_kept(tiny: Path, tmp_path: Path) -> None:
     assert (done.encoded, done.kept) == ((), ("p0", "p1", "p2"))
     assert times(tmp_path / "out") == before
     assert listed.read_text("utf-8") == text
+    listed.unlink()  # as if it had been interrupted before its end
+    assert encoded(tmp_path, tiny).read_text("utf-8") == text
+    assert times(tmp_path / "out") == before
     save(ct(77), tmp_path / "p1.nii.gz")  # another image
     (tmp_path / "out" / "p2_latent.npy").write_bytes(b"damaged")
     done = encode_lists([tmp_path / "list.json"], out=tmp_path / "out", model=str(tiny), device="cpu")

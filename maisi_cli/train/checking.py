@@ -152,7 +152,7 @@ def look_at(row: Row, spec: ModelSpec) -> Seen:
         _collect(findings, "spacing", case.id, partial(require_spacing, case.spacing_mm, image.geometry))
     if mask is not None:
         findings += _sides(case, mask)
-    channels = _latent(case, spec, findings) if case.latent is not None else None
+    channels = _latent(case, mask, spec, findings) if case.latent is not None else None
     source = case.image or case.latent
     return Seen(
         id=case.id, where=row.where, findings=tuple(findings), content=_hash(source), patient=patient_of(case), section=case.section,
@@ -225,13 +225,16 @@ def _label(case: Case, findings: list[Finding]) -> Mask | None:
     if kind.startswith("float"):
         text = f"{path} stores its labels as {kind}, which programs interpolate and round"
         findings.append(_warning("label-type", case.id, text=text, fix="save labels as uint8"))
-    strange = unknown_labels(mask, path)
-    if strange:
-        findings.append(_error("labels-known", case.id, text=strange_labels(strange, path), fix=KNOWN_LABELS))
-    if not mask.ids():
-        findings.append(_error("labels-known", case.id, text=f"{path} holds no label at all",
-                                fix="label the case, or take it out of the list"))  # fmt: skip
+    findings += _known(case, path, mask.ids())
     return mask
+
+
+def _known(case: Case, path: Path, ids: Sequence[int]) -> Iterator[Finding]:
+    strange = unknown_labels(ids, path)
+    if strange:
+        yield _error("labels-known", case.id, text=strange_labels(strange, path), fix=KNOWN_LABELS)
+    if not any(ids):
+        yield _error("labels-known", case.id, text=f"{path} holds no label at all", fix="label the case, or take it out of the list")
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -293,7 +296,7 @@ def _sides(case: Case, mask: Mask) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _latent(case: Case, spec: ModelSpec, findings: list[Finding]) -> int | None:
+def _latent(case: Case, mask: Mask | None, spec: ModelSpec, findings: list[Finding]) -> int | None:
     """Look at a latent and its labels; return its channels."""
 
     def found(text: str) -> None:
@@ -301,7 +304,11 @@ def _latent(case: Case, spec: ModelSpec, findings: list[Finding]) -> int | None:
 
     assert case.latent is not None
     latent = _array(case.latent, found)
-    labels = _array(case.label, found) if case.label is not None and case.label.suffix == ".npy" else None
+    labels = mask.array if mask is not None else None
+    if case.label is not None and case.label.suffix == ".npy":
+        labels = _array(case.label, found)
+        if labels is not None and labels.dtype == np.uint8:
+            findings += _known(case, case.label, np.flatnonzero(np.bincount(labels.ravel(), minlength=256)).tolist())
     if latent is None:
         return None
     if latent.ndim != 4 or latent.dtype != np.float16:

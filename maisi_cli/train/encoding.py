@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,16 +171,16 @@ def _mm(values: Triple) -> str:
     return "x".join(f"{value:.4g}" for value in values)
 
 
-def unknown_labels(mask: Mask, path: Path) -> tuple[int, ...]:
-    """Return the ids of a label map that neither the vocabulary nor the `labels.json` beside the file has."""
+def unknown_labels(ids: Iterable[int], path: Path) -> tuple[int, ...]:
+    """Return those of a label map's ids that neither the vocabulary nor the `labels.json` beside the file has."""
     beside = read_labels(path.parent) or {"labels": []}
-    known = {*maisi().ids(), *(row["id"] for row in beside["labels"])}
-    return tuple(label for label in mask.ids() if label not in known)
+    known = {0, *maisi().ids(), *(row["id"] for row in beside["labels"])}
+    return tuple(label for label in ids if label not in known)
 
 
 def require_known(mask: Mask, path: Path) -> None:
     """Refuse a label map with ids that nothing names. Raises `UsageError`."""
-    strange = unknown_labels(mask, path)
+    strange = unknown_labels(mask.ids(), path)
     if strange:
         raise UsageError(strange_labels(strange, path), hint=KNOWN_LABELS)
 

@@ -18,7 +18,7 @@ class TrainSettings:
     """The settings of a training run: `[train]` of a preset under `presets/train/`, overridden by `--set train.KEY=`.
 
     A run ends after `steps`, or earlier after `max_minutes`; the learning rate rises over `warmup_steps` and falls to
-    `lr * final_lr` along a cosine of whichever of the two is further on. Cases of `fold` are held out.
+    `lr * final_lr` along a cosine of whichever of the two is further on.
     """
 
     kind: str
