@@ -333,6 +333,14 @@ IMAGES: dict[str, tuple[Break, tuple[str, str, str | None], str]] = {
     "spacing in another order": (set_(1, spacing=[3, 2.5, 2]), ("spacing", "error", "p1"), "another order of axes"),
     "no spacing": (set_(1, spacing=[1, 2]), ("list", "error", "p1"), "no spacing"),
     "no modality": (set_(1, modality=None), ("list", "error", "p1"), "no modality"),
+    "no fold": (lambda _, rows: void(rows[1].update(fold="x")), ("list", "error", "p1"), "fold 'x'"),
+    "nothing to see": (lambda _, rows: void((rows[1].pop("image"), rows[1].pop("label"))), ("list", "error", "p1"), "neither image nor latent"),
+    "a label of another kind": (lambda folder, rows: void((copy("p1_seg.nii.gz", "p1.mha")(folder, rows), rows[1].update(label="p1.mha"))),
+                                ("label", "error", "p1"), "not named .nii.gz"),
+    "damaged image without a listed spacing": (lambda folder, rows: void((damage("p1.nii.gz")(folder, rows), rows[1].pop("spacing"))),
+                                               ("image", "error", "p1"), "damaged"),
+    "missing image without a listed spacing": (lambda folder, rows: void((remove("p1.nii.gz")(folder, rows), rows[1].pop("spacing"))),
+                                               ("image", "error", "p1"), "does not exist"),
     "strange modality": (set_(1, modality="pet"), ("modality", "error", "p1"), "pet"),
     "unknown modality": (set_(1, modality="unknown"), ("modality", "error", "p1"), "unknown"),
     "CT called MR": (set_(1, modality="mri_t1"), ("modality", "error", "p1"), "look like HU"),
@@ -416,6 +424,15 @@ def test_the_check_does_not_stop_at_the_first(tmp_path: Path) -> None:
     assert {each[0] for each in found} == {"image", "spacing", "list", "leakage"}
     assert ("leakage", "error", "t9") in found
     assert sum(each[0] == "spacing" for each in found) == 3
+
+
+def test_all_that_is_wrong_with_one_case_is_told(tmp_path: Path) -> None:
+    rows = images(tmp_path)
+    rows[1].update(fold="x", modality=None, dim=[1])
+    image(lambda: labels(1).astype(np.float32), "p1_seg.nii.gz", spacing=(2.0, 2.5, 3.1))(tmp_path, rows)
+    found = check(write(tmp_path / "list.json", rows))
+    assert sorted(each[0] for each in found) == ["grid", "label-type", "list", "list", "list"]
+    assert {each[2] for each in found} == {"p1"}
 
 
 def test_another_fold_may_be_held_out(tmp_path: Path) -> None:

@@ -20,13 +20,12 @@ from ..catalog import modality as find_modality
 from ..catalog import model as find_model
 from ..errors import UsageError
 from ..events import OnEvent, Stage, Step, ignore
-from ..files import NIFTI_ENDS
 from ..geometry import Size, format_triple
 from ..quality import Context, laterality
 from ..record import sha256_of
 from ..volumes import Mask, Volume, orientation_doubt, read_image, read_mask, require_same_grid, stored_type
 from .encoding import FACTOR, KNOWN_LABELS, Encoding, require_spacing, strange_labels, unknown_labels
-from .lists import FILES, HELD_OUT, Case, Row, all_rows, case_of, id_of
+from .lists import FIELDS, FILES, HELD_OUT, Case, Row, all_rows, id_of
 
 PARALLEL_FROM = 8
 """From how many cases on several processes look at them."""
@@ -134,22 +133,16 @@ def look_at(row: Row, spec: ModelSpec) -> Seen:
     except UsageError as error:
         return Seen(id=row.where, where=row.where, findings=(_finding("list", row.where, error),))
     findings: list[Finding] = []
-    row = _without_missing(row, name, findings)
-    try:
-        case = case_of(row)
-    except UsageError as error:
-        broken = any(each.check in FILES for each in findings) and "spacing" in error.message  # the header would have told
-        return Seen(
-            id=name, where=row.where, section=row.section, findings=(*findings, *([] if broken else [_finding("list", name, error)]))
-        )
+    case = _case(row, name, findings)
     image, mask = _image(case, findings), None
-    if case.label is not None and case.label.name.endswith(NIFTI_ENDS):
+    if case.label is not None and (case.latent is None or case.label.suffix != ".npy"):
         mask = _label(case, findings)
     if image is not None and mask is not None:
         _collect(findings, "grid", case.id, partial(require_same_grid, image, mask))
     if image is not None:
         findings += [*_modality(case, image), *_size(case, image.geometry.size, spec)]
-        _collect(findings, "spacing", case.id, partial(require_spacing, case.spacing_mm, image.geometry))
+        if case.spacing_mm is not None:
+            _collect(findings, "spacing", case.id, partial(require_spacing, case.spacing_mm, image.geometry))
     if mask is not None:
         findings += _sides(case, mask)
     channels = _latent(case, mask, spec, findings) if case.latent is not None else None
@@ -188,14 +181,23 @@ def _hash(path: Path | None) -> str | None:
         return None
 
 
-def _without_missing(row: Row, name: str, findings: list[Finding]) -> Row:
-    """Return an entry without the files that are not there, each of which is a finding."""
-    values = dict(row.values)
+def _case(row: Row, name: str, findings: list[Finding]) -> Case:
+    """Return the case of an entry, each field that it says wrongly a finding and None."""
+    values, fields = dict(row.values), dict(FIELDS)
+    if "image" in values and "spacing" not in values:
+        del fields["spacing_mm"]  # the header says it, if the image can be read
+    if not {"image", "latent"} & set(values):
+        text = f"{row.where} names neither image nor latent"
+        findings.append(_error("list", name, text=text, fix="name one of them, or take the case out of the list"))
     for key in FILES:
         if isinstance(values.get(key), str) and not (row.base / values[key]).is_file():
             text = f"the {key} {values.pop(key)} does not exist"
             findings.append(_error(key, name, text=text, fix="correct the path in the list, or make the file"))
-    return replace(row, values=values)
+    there = replace(row, values=values)
+    read: dict[str, Any] = dict.fromkeys(FIELDS)
+    read |= {field: _collect(findings, "list", name, partial(reader, there)) for field, reader in fields.items()}
+    vae, extra = values.get("vae_sha256"), {key: values[key] for key in ("patient",) if key in values}
+    return Case(id=name, section=row.section, vae_sha256=str(vae) if vae is not None else None, extra=extra, **read)
 
 
 def _image(case: Case, findings: list[Finding]) -> Volume | None:
@@ -245,6 +247,8 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _modality(case: Case, image: Volume) -> Iterator[Finding]:
+    if case.modality is None:
+        return
     try:
         kind = find_modality(case.modality)
     except UsageError as error:

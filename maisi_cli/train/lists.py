@@ -12,8 +12,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +189,10 @@ def _csv_rows(text: str, path: Path, base: Path) -> Iterator[Row]:
 def case_of(row: Row) -> Case:
     """Return the case that an entry describes. Raises `UsageError`, naming the row, for what is missing or no value."""
     values = row.values
-    files = {key: _file(row, key) for key in FILES}
+    fields: dict[str, Any] = {name: read(row) for name, read in FIELDS.items()}
     return Case(
-        id=id_of(row), spacing_mm=_spacing(row, files["image"]), modality=_modality(row), fold=_fold(row), dim=_dim(row),
-        regions=_regions(row), vae_sha256=str(values["vae_sha256"]) if "vae_sha256" in values else None, section=row.section,
-        extra={key: value for key, value in values.items() if key not in _KNOWN}, **files,
+        id=id_of(row), vae_sha256=str(values["vae_sha256"]) if "vae_sha256" in values else None, section=row.section,
+        extra={key: value for key, value in values.items() if key not in _KNOWN}, **fields,
     )  # fmt: skip
 
 
@@ -219,7 +219,8 @@ def _file(row: Row, key: str) -> Path | None:
     return file
 
 
-def _spacing(row: Row, image: Path | None) -> Triple:
+def _spacing(row: Row) -> Triple:
+    image = _file(row, "image")
     if "spacing" not in row.values and image is not None and image.name.endswith(NIFTI_ENDS):
         from ..volumes import read_geometry
 
@@ -282,6 +283,13 @@ def numbers(value: Any, count: int) -> list[float] | None:
     except (TypeError, ValueError):
         return None
     return found if all(map(math.isfinite, found)) else None
+
+
+FIELDS: Mapping[str, Callable[[Row], Any]] = {
+    **{key: partial(_file, key=key) for key in FILES}, "spacing_mm": _spacing, "modality": _modality, "fold": _fold, "dim": _dim,
+    "regions": _regions,
+}  # fmt: skip
+"""What reads each field of a case from an entry; each raises `UsageError`, naming the row, for a value that is none."""
 
 
 # --- writing, splitting -------------------------------------------------------------------------
