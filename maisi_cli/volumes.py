@@ -187,6 +187,20 @@ def stored_type(path: str | Path) -> str:
     return str(_open(Path(path))[0].get_data_dtype().name)
 
 
+def orientation_doubt(path: str | Path) -> str | None:
+    """Say what makes it doubtful where the header of a NIfTI file puts the volume; None where nothing does.
+
+    Raises `UsageError` as `read_image` does.
+    """
+    path = Path(path)
+    image, geometry = _open(path)
+    if _disagree(image):
+        return f"the qform and sform of {path.name} disagree: the sform is used here, and other programs may use the qform"
+    if not image.header["qform_code"] and not image.header["sform_code"]:
+        return f"{path.name} says nothing of its orientation: {geometry.axcodes} is assumed, and left and right are a guess"
+    return None
+
+
 def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
     import nibabel
 

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import typer
 from maisi_cli import catalog, cli, presets
@@ -142,6 +144,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_phantoms(folder / "phantoms", 2, size=32, workers=1)
     make_phantoms(folder / "real", 5, size=32, workers=1)
     encode(folder / "phantoms", folder / "nano" / "vae.safetensors", out=folder / "latents", model=str(folder / "nano" / "tiny.toml"))
+    write_embeddings(folder / "embeddings", folder / "latents")
     for run, part in (("vae", "vae"), ("dm", "unet")):
         (folder / "runs" / run).mkdir(parents=True)
         shutil.copy(folder / "nano" / f"{part}.safetensors", folder / "runs" / run / f"{part}.safetensors")
@@ -154,6 +157,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mask(mask, folder / "run" / "a_label.nii.gz")
     write_image(render(mask, 1), folder / "run" / "a_image.nii.gz")
     return folder
+
+
+def write_embeddings(folder: Path, latents: Path) -> None:
+    """Write latents as the reference lays embeddings out."""
+    folder.mkdir()
+    rows = json.loads((latents / "latents.json").read_text())["training"]
+    for row in rows:
+        array = np.moveaxis(np.load(latents / row["latent"]), 0, -1).astype(np.float32)
+        nib.save(nib.Nifti1Image(array, np.diag([*row["spacing"], 1])), folder / f"{row['id']}_emb.nii.gz")
+    listed = [{"image": f"{row['id']}_emb.nii.gz", "spacing": row["spacing"], "modality": "ct"} for row in rows]
+    (folder / "list.json").write_text(json.dumps({"training": listed}))
 
 
 @pytest.fixture

@@ -146,6 +146,8 @@ NAMES = [
     ("train mask-dm --data list.json --out new", "no such command 'mask-dm'", "maisi train --help"),
     ("data check missing", "no data list missing", "maisi data phantom"),
     ("data check list.json --model rflw", "no model named 'rflw'", "'rflow-ct'"),
+    ("data import-latents list.json --out new", "training[0] has no embedding absent_emb.nii.gz", "--base"),
+    ("data import-latents list.json --out new --vae missing.safetensors", "--vae missing.safetensors is not a file", ".safetensors"),
     ("data encode list.json --model tiny.toml --out new --size 30x32x32", "does not divide by 4", "32x32x32"),
     ("data encode list.json --model tiny.toml --out new --size big", "'big' is not three numbers", "512x512x128"),
     ("data encode list.json --model tiny.toml --out new --latent mode", "--latent 'mode' is not known", "mean or sample"),

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from maisi_cli.errors import Rejected, UsageError
 from maisi_cli.events import Note
 from maisi_cli.networks import build
 from maisi_cli.testing import tiny_model
+from maisi_cli.train import TrainSettings, diffusion, vae
 from maisi_cli.train.checking import check_lists, patient_of, unet_multiple
 from maisi_cli.train.data import Case, data_hashes, encode, intensity, read_list, read_lists, split
 from maisi_cli.train.encoding import Encoding, encode_lists, prepared, rounded
+from maisi_cli.train.importing import import_latents
 from maisi_cli.volumes import read_image
 from nibabel import orientations
 from numpy.typing import NDArray
@@ -41,11 +44,17 @@ def labels(seed: int, size: tuple[int, int, int] = (16, 16, 16)) -> NDArray[np.u
     return np.random.default_rng(seed).choice(np.array([0, BODY, BRAIN], dtype=np.uint8), size)
 
 
+def save_affine(spacing: tuple[float, ...] = SPACING) -> NDArray[np.float64]:
+    """Return the affine of a file in RAS order."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = (-20, 30, 7)
+    return affine
+
+
 def save(array: NDArray[Any], path: Path, spacing: tuple[float, ...] = SPACING, axcodes: str = "RAS") -> Path:
     """Write an array that is in RAS order as a file in another order."""
     turn = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(axcodes))
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = (-20, 30, 7)
+    affine = save_affine(spacing)
     stored = orientations.apply_orientation(array, turn)
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(stored, affine @ orientations.inv_ornt_aff(turn, array.shape)), path)
@@ -287,6 +296,20 @@ def thick(folder: Path, _rows: Any) -> None:
     save(labels(1, (16, 16, 20)), folder / "p1_seg.nii.gz")
 
 
+def change_header(name: str, **forms: tuple[NDArray[Any] | None, int]) -> Break:
+    def change(folder: Path, _rows: Any) -> None:
+        path = folder / name
+        found: Any = nib.load(path)
+        image = nib.Nifti1Image(np.asarray(found.dataobj), found.affine)
+        for form, (affine, code) in forms.items():
+            getattr(image, f"set_{form}")(affine, code)
+        nib.save(image, path)
+
+    return change
+
+
+MIRRORED = np.diag([-2.0, 2.5, 3.0, 1.0])
+
 IMAGES: dict[str, tuple[Break, tuple[str, str, str | None], str]] = {
     "missing image": (remove("p1.nii.gz"), ("image", "error", "p1"), "does not exist"),
     "damaged image": (damage("p1.nii.gz"), ("image", "error", "p1"), "damaged"),
@@ -302,11 +325,22 @@ IMAGES: dict[str, tuple[Break, tuple[str, str, str | None], str]] = {
     "no label": (image(lambda: 0 * labels(1), "p1_seg.nii.gz"), ("labels-known", "error", "p1"), "no label at all"),
     "another shape": (image(lambda: labels(1, (16, 16, 12)), "p1_seg.nii.gz"), ("grid", "error", "p1"), "different grids"),
     "another affine": (image(lambda: labels(1), "p1_seg.nii.gz", spacing=(2.0, 2.5, 3.1)), ("grid", "error", "p1"), "different grids"),
+    "two places": (change_header("p1.nii.gz", qform=(MIRRORED, 1), sform=(save_affine(), 1)), ("orientation", "warning", "p1"), "disagree"),
+    "two places of a label": (change_header("p1_seg.nii.gz", qform=(MIRRORED, 1), sform=(save_affine(), 1)),
+                              ("orientation", "warning", "p1"), "p1_seg"),
     "mirrored map": (image(mirrored, "p1_seg.nii.gz"), ("orientation", "error", "p1"), "look exchanged"),
     "another spacing": (set_(1, spacing=[2, 2.5, 3.2]), ("spacing", "error", "p1"), "header"),
     "spacing in another order": (set_(1, spacing=[3, 2.5, 2]), ("spacing", "error", "p1"), "another order of axes"),
     "no spacing": (set_(1, spacing=[1, 2]), ("list", "error", "p1"), "no spacing"),
     "no modality": (set_(1, modality=None), ("list", "error", "p1"), "no modality"),
+    "no fold": (lambda _, rows: void(rows[1].update(fold="x")), ("list", "error", "p1"), "fold 'x'"),
+    "nothing to see": (lambda _, rows: void((rows[1].pop("image"), rows[1].pop("label"))), ("list", "error", "p1"), "neither image nor latent"),
+    "a label of another kind": (lambda folder, rows: void((copy("p1_seg.nii.gz", "p1.mha")(folder, rows), rows[1].update(label="p1.mha"))),
+                                ("label", "error", "p1"), "not named .nii.gz"),
+    "damaged image without a listed spacing": (lambda folder, rows: void((damage("p1.nii.gz")(folder, rows), rows[1].pop("spacing"))),
+                                               ("image", "error", "p1"), "damaged"),
+    "missing image without a listed spacing": (lambda folder, rows: void((remove("p1.nii.gz")(folder, rows), rows[1].pop("spacing"))),
+                                               ("image", "error", "p1"), "does not exist"),
     "strange modality": (set_(1, modality="pet"), ("modality", "error", "p1"), "pet"),
     "unknown modality": (set_(1, modality="unknown"), ("modality", "error", "p1"), "unknown"),
     "CT called MR": (set_(1, modality="mri_t1"), ("modality", "error", "p1"), "look like HU"),
@@ -345,6 +379,11 @@ def bad_latent() -> NDArray[np.float16]:
     return array
 
 
+def nifti_label(folder: Path, rows: list[dict[str, Any]]) -> None:
+    save(labels(1, (16, 16, 12)), folder / "p1_seg.nii.gz")
+    rows[1]["label"] = "p1_seg.nii.gz"
+
+
 LATENTS: dict[str, tuple[Break, str, str]] = {
     "damaged": (damage("p1_latent.npy"), "latent", "damaged"),
     "pickled": (lambda folder, _: np.save(folder / "p1_latent.npy", np.array([{}], dtype=object), allow_pickle=True), "latent", "damaged"),
@@ -353,6 +392,9 @@ LATENTS: dict[str, tuple[Break, str, str]] = {
     "not finite": (store(bad_latent, "p1_latent.npy"), "latent", "not finite"),
     "labels of another size": (store(lambda: labels(1, (16, 16, 12)), "p1_labels.npy"), "latent", "not 4 times"),
     "labels of another type": (store(lambda: labels(1).astype(np.int64), "p1_labels.npy"), "latent", "int64"),
+    "unknown labels": (store(lambda: np.where(labels(1) == BRAIN, 140, labels(1)).astype("u1"), "p1_labels.npy"), "labels-known", "140"),
+    "no label": (store(lambda: 0 * labels(1), "p1_labels.npy"), "labels-known", "no label at all"),
+    "a label map of another size": (nifti_label, "latent", "not 4 times"),
     "another size than listed": (set_(1, dim=[16, 16, 32]), "latent", "the list says 16x16x32"),
     "another VAE": (set_(1, vae_sha256="b" * 64), "latent", "bbbbbbbbbbbb, not aaaaaaaaaaaa"),
     "a VAE without a name": (set_(1, vae_sha256=None), "latent", "not named"),
@@ -384,6 +426,15 @@ def test_the_check_does_not_stop_at_the_first(tmp_path: Path) -> None:
     assert sum(each[0] == "spacing" for each in found) == 3
 
 
+def test_all_that_is_wrong_with_one_case_is_told(tmp_path: Path) -> None:
+    rows = images(tmp_path)
+    rows[1].update(fold="x", modality=None, dim=[1])
+    image(lambda: labels(1).astype(np.float32), "p1_seg.nii.gz", spacing=(2.0, 2.5, 3.1))(tmp_path, rows)
+    found = check(write(tmp_path / "list.json", rows))
+    assert sorted(each[0] for each in found) == ["grid", "label-type", "list", "list", "list"]
+    assert {each[2] for each in found} == {"p1"}
+
+
 def test_another_fold_may_be_held_out(tmp_path: Path) -> None:
     rows = images(tmp_path)
     for k, row in enumerate(rows):
@@ -394,12 +445,32 @@ def test_another_fold_may_be_held_out(tmp_path: Path) -> None:
     assert [case.id for case in split(read_list(listed), 6)[1]] == ["p1"]
 
 
+def test_a_header_without_an_orientation_is_told_for_image_and_label(tmp_path: Path) -> None:
+    rows = images(tmp_path)
+    for name in ("p1.nii.gz", "p1_seg.nii.gz"):
+        change_header(name, qform=(None, 0), sform=(None, 0))(tmp_path, rows)
+    findings = check_lists([write(tmp_path / "list.json", rows)], jobs=1).findings
+    assert [(each.check, each.case) for each in findings] == [("orientation", "p1")] * 2
+    assert all("left and right are a guess" in each.text for each in findings)
+
+
 def test_labels_that_a_labels_json_names_are_known(tmp_path: Path) -> None:
     rows = images(tmp_path)
     image(lambda: np.full((16, 16, 16), 140, dtype=np.uint8), "p1_seg.nii.gz")(tmp_path, rows)
     named = [{"id": 140, "name": "cyst of mine"}]
     (tmp_path / "labels.json").write_text(json.dumps({"schema": "maisi.labels/1", "vocabulary": "maisi", "labels": named}), "utf-8")
     assert check(write(tmp_path / "list.json", rows)) == []
+
+
+def test_the_page_on_data_names_every_check_with_its_severity() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text("utf-8")
+    section = page.partition("## `maisi data check`")[2].partition("\nWho a patient")[0]
+    table = re.findall(r"^\| (`[^|]+) \| ([a-z, ]+) \| ", section, flags=re.M)
+    told = {name: set(severities.split(", ")) for names, severities in table for name in re.findall(r"`([a-z-]+)`", names)}
+    made: dict[str, set[str]] = {"duplicate": set(), "latent": {"error"}}
+    for _, (check, severity, _case), _words in IMAGES.values():
+        made.setdefault(check, set()).add(severity)
+    assert told == made
 
 
 @pytest.mark.parametrize(
@@ -579,6 +650,9 @@ def test_what_is_encoded_already_is_kept(tiny: Path, tmp_path: Path) -> None:
     assert (done.encoded, done.kept) == ((), ("p0", "p1", "p2"))
     assert times(tmp_path / "out") == before
     assert listed.read_text("utf-8") == text
+    listed.unlink()  # as if it had been interrupted before its end
+    assert encoded(tmp_path, tiny).read_text("utf-8") == text
+    assert times(tmp_path / "out") == before
     save(ct(77), tmp_path / "p1.nii.gz")  # another image
     (tmp_path / "out" / "p2_latent.npy").write_bytes(b"damaged")
     done = encode_lists([tmp_path / "list.json"], out=tmp_path / "out", model=str(tiny), device="cpu")
@@ -667,6 +741,27 @@ def test_images_without_labels_and_testing_cases_are_encoded_too(tiny: Path, tmp
     assert check(listed) == [("fold", "error", None)]
 
 
+TASKS: dict[str, Any] = {"vae": vae.task, "dm": diffusion.task}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_training_holds_out_the_fold_that_is_set(tiny: Path, tmp_path: Path, kind: str) -> None:
+    rows = images(tmp_path)
+    for k, row in enumerate(rows):
+        row["fold"] = k
+    data = write(tmp_path / "list.json", rows)
+    if kind == "dm":
+        data = encoded(tmp_path, tiny)
+    one, two = (TASKS[kind](
+        TrainSettings(kind=kind, model=str(tiny), fold=fold, crops=((4, 4, 4),)), data) for fold in (1, 2))  # fmt: skip
+    sizes = [[len(task.held), len(task.volumes if kind == "vae" else task.cases)] for task in (one, two)]
+    assert sizes == [[1, 2], [1, 2]]
+    held = [task.held[0] if kind == "vae" else task.held[0].latent for task in (one, two)]
+    assert not np.array_equal(*held)
+    with pytest.raises(UsageError, match=r"no case of the list is held out .fold 7."):
+        TASKS[kind](TrainSettings(kind=kind, model=str(tiny), fold=7), data)
+
+
 def test_latents_open_by_memory_map(tiny: Path, tmp_path: Path) -> None:
     write(tmp_path / "list.json", images(tmp_path))
     case = read_list(encoded(tmp_path, tiny))[0]
@@ -674,3 +769,54 @@ def test_latents_open_by_memory_map(tiny: Path, tmp_path: Path) -> None:
     latent = np.load(case.latent, mmap_mode="r")
     assert isinstance(latent, np.memmap)
     assert os.path.getsize(case.latent) == latent.offset + latent.nbytes  # noqa: PTH202
+
+
+# --- embeddings of the reference ----------------------------------------------------------------
+
+
+def test_embeddings_of_the_reference_become_latents(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(4, 4, 6, 4)).astype(np.float32)
+    (tmp_path / "s").mkdir()
+    nib.save(nib.Nifti1Image(array, np.diag([*SPACING, 1])), tmp_path / "s" / "a_emb.nii.gz")
+    nib.save(nib.Nifti1Image(array[::-1], np.diag([-2.0, 2.5, 3.0, 1])), tmp_path / "b_emb.nii.gz")
+    side = {
+        "dim": [4, 4, 6],
+        "spacing": list(SPACING),
+        "modality": "ct",
+        "top_region_index": [0, 1, 0, 0],
+        "bottom_region_index": [0, 0, 1, 0],
+    }
+    (tmp_path / "s" / "a_emb.nii.gz.json").write_text(json.dumps(side), "utf-8")
+    save(labels(0, (16, 16, 24)), tmp_path / "m.nii.gz", axcodes="LPS")
+    rows = [{"image": "s/a.nii.gz", "label": "m.nii.gz", "fold": 0}, {"image": "b_emb.nii.gz", "modality": "mri", "spacing": "2x2.5x3"}]
+    (tmp_path / "vae.safetensors").write_bytes(b"weights")
+    arguments = ["--vae", str(tmp_path / "vae.safetensors"), "--out", str(tmp_path / "out"), "-q"]
+    assert cli.run(["data", "import-latents", str(write(tmp_path / "list.json", rows)), *arguments]) == 0
+    one, two = read_list(tmp_path / "out" / "latents.json")
+    assert (one.id, one.fold, one.dim, one.modality, one.regions) == ("s_a", 0, (16, 16, 24), "ct", ((0, 1, 0, 0), (0, 0, 1, 0)))
+    assert (two.id, two.fold, two.label, two.modality, two.vae_sha256) == ("b", 1, None, "mri", one.vae_sha256)
+    for case in (one, two):
+        assert case.latent is not None
+        assert case.spacing_mm == SPACING
+        assert np.array_equal(np.load(case.latent), np.moveaxis(array, -1, 0).astype(np.float16))
+    assert one.label is not None
+    assert np.array_equal(np.load(one.label), labels(0, (16, 16, 24)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"image": "b.nii.gz", "spacing": [1, 1, 1], "modality": "ct"}, r"training\[1\] has no embedding"),
+     ({"image": "a.nii.gz", "id": "x", "modality": "ct"}, r"training\[1\] has no spacing"),
+     ({"image": "a.nii.gz", "id": "x", "modality": "ct", "spacing": [1, 1, 1], "label": "m.nii.gz"}, "not 4 times the latent: 16x16x16"),
+     ({"image": "a.nii.gz", "modality": "ct", "spacing": [1, 1, 1]}, "the id 'a' is there already"),
+     ({"image": "flat.nii.gz", "modality": "ct", "spacing": [1, 1, 1]}, "no embedding")],
+)  # fmt: skip
+def test_embeddings_that_do_not_fit_leave_nothing_behind(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 4), np.float32), np.eye(4)), tmp_path / "a_emb.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), tmp_path / "flat_emb.nii.gz")
+    save(labels(0, (16, 16, 12)), tmp_path / "m.nii.gz")
+    good = {"image": "a.nii.gz", "spacing": [1, 1, 1], "modality": "ct"}
+    with pytest.raises(UsageError, match=message):
+        import_latents([write(tmp_path / "list.json", [good, row])], out=tmp_path / "out")
+    assert list(tmp_path.glob("out/*")) == []

@@ -1,4 +1,4 @@
-"""`maisi data phantom|check|encode`: data for training."""
+"""`maisi data phantom|check|encode|import-latents`: data for training."""
 
 from __future__ import annotations
 
@@ -138,6 +138,33 @@ def encode(
     elif done.encoded or done.kept:
         output.data(str(done.list))
     done.require_all()
+
+
+@data_app.command(
+    "import-latents",
+    epilog=examples(
+        "maisi data import-latents embeddings/list.json --out imported/",
+        "maisi data import-latents embeddings/list.json --vae runs/vae/vae.safetensors --out imported2/",
+    ),
+)
+def import_latents(
+    data: Lists,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the latents and their list.")],
+    base: Base = None,
+    vae_file: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Weights of the VAE that made them, to be named in the list.", show_default=False)] = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Take over embeddings of the reference (*_emb.nii.gz with their .json) as latents, without encoding again."""
+    with output.events() as on_event:
+        from ..errors import UsageError
+        from ..files import require_folder
+        from ..train.importing import import_latents as take_over
+
+        require_folder(out)
+        if vae_file is not None and not vae_file.is_file():
+            raise UsageError(f"--vae {vae_file} is not a file", hint="give the path of a .safetensors file")
+        made = take_over(data, out=out, bases=base or (), vae=vae_file, force=force, on_event=on_event)
+    _answer(made, as_json)
 
 
 def _answer(made: Path, as_json: bool) -> None:

@@ -19,14 +19,13 @@ from ..catalog import ModelSpec
 from ..catalog import modality as find_modality
 from ..catalog import model as find_model
 from ..errors import UsageError
-from ..events import Note, OnEvent, Stage, Step, ignore
-from ..files import NIFTI_ENDS
+from ..events import OnEvent, Stage, Step, ignore
 from ..geometry import Size, format_triple
 from ..quality import Context, laterality
 from ..record import sha256_of
-from ..volumes import Mask, Volume, read_image, read_mask, require_same_grid, stored_type
+from ..volumes import Mask, Volume, orientation_doubt, read_image, read_mask, require_same_grid, stored_type
 from .encoding import FACTOR, KNOWN_LABELS, Encoding, require_spacing, strange_labels, unknown_labels
-from .lists import FILES, HELD_OUT, Case, Row, all_rows, case_of, id_of
+from .lists import FIELDS, FILES, HELD_OUT, Case, Row, all_rows, id_of
 
 PARALLEL_FROM = 8
 """From how many cases on several processes look at them."""
@@ -134,25 +133,19 @@ def look_at(row: Row, spec: ModelSpec) -> Seen:
     except UsageError as error:
         return Seen(id=row.where, where=row.where, findings=(_finding("list", row.where, error),))
     findings: list[Finding] = []
-    row = _without_missing(row, name, findings)
-    try:
-        case = case_of(row)
-    except UsageError as error:
-        broken = any(each.check in FILES for each in findings) and "spacing" in error.message  # the header would have told
-        return Seen(
-            id=name, where=row.where, section=row.section, findings=(*findings, *([] if broken else [_finding("list", name, error)]))
-        )
+    case = _case(row, name, findings)
     image, mask = _image(case, findings), None
-    if case.label is not None and case.label.name.endswith(NIFTI_ENDS):
+    if case.label is not None and (case.latent is None or case.label.suffix != ".npy"):
         mask = _label(case, findings)
     if image is not None and mask is not None:
         _collect(findings, "grid", case.id, partial(require_same_grid, image, mask))
     if image is not None:
         findings += [*_modality(case, image), *_size(case, image.geometry.size, spec)]
-        _collect(findings, "spacing", case.id, partial(require_spacing, case.spacing_mm, image.geometry))
+        if case.spacing_mm is not None:
+            _collect(findings, "spacing", case.id, partial(require_spacing, case.spacing_mm, image.geometry))
     if mask is not None:
         findings += _sides(case, mask)
-    channels = _latent(case, spec, findings) if case.latent is not None else None
+    channels = _latent(case, mask, spec, findings) if case.latent is not None else None
     source = case.image or case.latent
     return Seen(
         id=case.id, where=row.where, findings=tuple(findings), content=_hash(source), patient=patient_of(case), section=case.section,
@@ -188,47 +181,62 @@ def _hash(path: Path | None) -> str | None:
         return None
 
 
-def _without_missing(row: Row, name: str, findings: list[Finding]) -> Row:
-    """Return an entry without the files that are not there, each of which is a finding."""
-    values = dict(row.values)
+def _case(row: Row, name: str, findings: list[Finding]) -> Case:
+    """Return the case of an entry, each field that it says wrongly a finding and None."""
+    values, fields = dict(row.values), dict(FIELDS)
+    if "image" in values and "spacing" not in values:
+        del fields["spacing_mm"]  # the header says it, if the image can be read
+    if not {"image", "latent"} & set(values):
+        text = f"{row.where} names neither image nor latent"
+        findings.append(_error("list", name, text=text, fix="name one of them, or take the case out of the list"))
     for key in FILES:
         if isinstance(values.get(key), str) and not (row.base / values[key]).is_file():
             text = f"the {key} {values.pop(key)} does not exist"
             findings.append(_error(key, name, text=text, fix="correct the path in the list, or make the file"))
-    return replace(row, values=values)
+    there = replace(row, values=values)
+    read: dict[str, Any] = dict.fromkeys(FIELDS)
+    read |= {field: _collect(findings, "list", name, partial(reader, there)) for field, reader in fields.items()}
+    vae, extra = values.get("vae_sha256"), {key: values[key] for key in ("patient",) if key in values}
+    return Case(id=name, section=row.section, vae_sha256=str(vae) if vae is not None else None, extra=extra, **read)
 
 
 def _image(case: Case, findings: list[Finding]) -> Volume | None:
     if case.image is None:
         return None
     path = case.image
-    return _collect(findings, "image", case.id, lambda: _read(path, read_image))  # type: ignore[no-any-return]
+    image: Volume | None = _collect(findings, "image", case.id, lambda: _read(path, read_image))
+    if image is not None:
+        findings += _orientation(case, path)
+    return image
+
+
+def _orientation(case: Case, path: Path) -> Iterator[Finding]:
+    doubt = orientation_doubt(path)
+    if doubt is not None:
+        yield _warning("orientation", case.id, text=doubt, fix="look at it in a viewer, and write the right affine to qform and sform")
 
 
 def _label(case: Case, findings: list[Finding]) -> Mask | None:
     path = case.label
     assert path is not None
-    notes: list[str] = []
-
-    def hear(event: Any) -> None:
-        if isinstance(event, Note) and event.level == "warning":
-            notes.append(event.text)
-
-    mask: Mask | None = _collect(findings, "label", case.id, lambda: _read(path, partial(read_mask, on_event=hear)))
+    mask: Mask | None = _collect(findings, "label", case.id, lambda: _read(path, read_mask))
     if mask is None:
         return None
-    findings += [_warning("orientation", case.id, text=text, fix="write one affine to both of them") for text in notes]
+    findings += _orientation(case, path)
     kind = stored_type(path)
     if kind.startswith("float"):
         text = f"{path} stores its labels as {kind}, which programs interpolate and round"
         findings.append(_warning("label-type", case.id, text=text, fix="save labels as uint8"))
-    strange = unknown_labels(mask, path)
-    if strange:
-        findings.append(_error("labels-known", case.id, text=strange_labels(strange, path), fix=KNOWN_LABELS))
-    if not mask.ids():
-        findings.append(_error("labels-known", case.id, text=f"{path} holds no label at all",
-                                fix="label the case, or take it out of the list"))  # fmt: skip
+    findings += _known(case, path, mask.ids())
     return mask
+
+
+def _known(case: Case, path: Path, ids: Sequence[int]) -> Iterator[Finding]:
+    strange = unknown_labels(ids, path)
+    if strange:
+        yield _error("labels-known", case.id, text=strange_labels(strange, path), fix=KNOWN_LABELS)
+    if not any(ids):
+        yield _error("labels-known", case.id, text=f"{path} holds no label at all", fix="label the case, or take it out of the list")
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -239,6 +247,8 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _modality(case: Case, image: Volume) -> Iterator[Finding]:
+    if case.modality is None:
+        return
     try:
         kind = find_modality(case.modality)
     except UsageError as error:
@@ -282,13 +292,15 @@ def _takes_parts_alone(case: Case, size: Size, spec: ModelSpec, fix: str) -> Fin
 
 
 def _sides(case: Case, mask: Mask) -> Iterator[Finding]:
-    for each in laterality(None, mask, Context()):
-        if not each.passed:
-            yield _error("orientation", case.id, text=f"left and right of its label map look exchanged: {each.text}",
-                          fix="correct the affine of the file: compare it with the image in a viewer")  # fmt: skip
+    wrong = "; ".join(each.text for each in laterality(None, mask, Context()) if not each.passed)
+    if wrong:
+        yield _error(
+            "orientation", case.id, text=f"left and right of its label map look exchanged: {wrong}",
+            fix="correct the affine of the file; or map its labels (maisi labels map) where they are those of another vocabulary",
+        )  # fmt: skip
 
 
-def _latent(case: Case, spec: ModelSpec, findings: list[Finding]) -> int | None:
+def _latent(case: Case, mask: Mask | None, spec: ModelSpec, findings: list[Finding]) -> int | None:
     """Look at a latent and its labels; return its channels."""
 
     def found(text: str) -> None:
@@ -296,7 +308,11 @@ def _latent(case: Case, spec: ModelSpec, findings: list[Finding]) -> int | None:
 
     assert case.latent is not None
     latent = _array(case.latent, found)
-    labels = _array(case.label, found) if case.label is not None and case.label.suffix == ".npy" else None
+    labels = mask.array if mask is not None else None
+    if case.label is not None and case.label.suffix == ".npy":
+        labels = _array(case.label, found)
+        if labels is not None and labels.dtype == np.uint8:
+            findings += _known(case, case.label, np.flatnonzero(np.bincount(labels.ravel(), minlength=256)).tolist())
     if latent is None:
         return None
     if latent.ndim != 4 or latent.dtype != np.float16:

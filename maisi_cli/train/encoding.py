@@ -11,10 +11,12 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,16 +171,16 @@ def _mm(values: Triple) -> str:
     return "x".join(f"{value:.4g}" for value in values)
 
 
-def unknown_labels(mask: Mask, path: Path) -> tuple[int, ...]:
-    """Return the ids of a label map that neither the vocabulary nor the `labels.json` beside the file has."""
+def unknown_labels(ids: Iterable[int], path: Path) -> tuple[int, ...]:
+    """Return those of a label map's ids that neither the vocabulary nor the `labels.json` beside the file has."""
     beside = read_labels(path.parent) or {"labels": []}
-    known = {*maisi().ids(), *(row["id"] for row in beside["labels"])}
-    return tuple(label for label in mask.ids() if label not in known)
+    known = {0, *maisi().ids(), *(row["id"] for row in beside["labels"])}
+    return tuple(label for label in ids if label not in known)
 
 
 def require_known(mask: Mask, path: Path) -> None:
     """Refuse a label map with ids that nothing names. Raises `UsageError`."""
-    strange = unknown_labels(mask, path)
+    strange = unknown_labels(mask.ids(), path)
     if strange:
         raise UsageError(strange_labels(strange, path), hint=KNOWN_LABELS)
 
@@ -253,16 +255,16 @@ def encode_lists(
     encoded, kept = [], []
     failed: dict[str, MaisiError] = {}
     networks: Networks | None = None
-    for done, case in enumerate(cases, 1):
-        side = None
+    for done, (case, result) in enumerate(_ahead(work.read, cases), 1):
+        side, read = None, None
         with _collected(case, failed, on_event):
-            sources = _sources(case)
-            side = None if force else work.sidecar(case, sources)
+            read = result()
+            side = read.side
             kept += [case.id] * (side is not None)
-        if side is None and case.id not in failed:
+        if read is not None and side is None:
             networks = networks or _load(spec, file, device)
             with _collected(case, failed, on_event):
-                side = work.encode(case, sources, networks)
+                side = work.encode(case, read, networks)
                 encoded.append(case.id)
         if side is not None:
             rows[case.section].append(_row(case, side))
@@ -275,18 +277,30 @@ def encode_lists(
     return Outcome(list=target, encoded=tuple(encoded), kept=tuple(kept), failed=failed)
 
 
+T = TypeVar("T")
+
+
+def _ahead(work: Callable[[Case], T], cases: Sequence[Case]) -> Iterator[tuple[Case, Callable[[], T]]]:
+    """Yield each case with a call that returns what `work` made of it, or raises; the next one is worked on meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(work, case) for case in cases[:1])
+        for number, case in enumerate(cases, 1):
+            waiting.extend(pool.submit(work, each) for each in cases[number : number + 1])
+            yield case, waiting.popleft().result
+
+
 @contextlib.contextmanager
 def _collected(case: Case, failed: dict[str, MaisiError], on_event: OnEvent) -> Iterator[None]:
     """Keep what is wrong with one case, so that the others are still encoded; a full disk or a missing device ends all."""
-    import torch
-
     try:
         yield
     except UsageError as error:
         failed[case.id] = error
     except OSError as error:
         failed[case.id] = UsageError(f"{error.filename} cannot be read: {error.strerror}", hint="copy the file again")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
+            raise
         failed[case.id] = UsageError("out of memory", hint="use a smaller --size, or --device cpu")
     if case.id in failed:
         on_event(Note(text=f"case {case.id} was not encoded: {failed[case.id]}", level="warning"))
@@ -313,12 +327,25 @@ def _sources(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def regions_of(case: Case) -> dict[str, Any]:
+    """Return the body regions of a case as a list has them."""
+    return dict(zip(("top_region_index", "bottom_region_index"), case.regions, strict=True)) if case.regions else {}
+
+
 def _row(case: Case, side: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry of an encoded case."""
-    regions = dict(zip(("top_region_index", "bottom_region_index"), case.regions, strict=True)) if case.regions else {}
     files = {"latent": f"{case.id}_latent.npy", **({"label": f"{case.id}_labels.npy"} if case.label else {})}
     made = {key: side[key] for key in ("dim", "spacing", "vae_sha256", "image_sha256")}
-    return {**case.extra, "id": case.id, **files, **made, "modality": case.modality, "fold": case.fold, **regions}
+    return {**case.extra, "id": case.id, **files, **made, "modality": case.modality, "fold": case.fold, **regions_of(case)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A case that was read: what its latent depends on, and what is known of a latent that is there, or else the case for the VAE."""
+
+    sources: Mapping[str, Any]
+    side: Mapping[str, Any] | None
+    ready: Prepared | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,11 +403,18 @@ class _Work:
         whole = tuple(FACTOR * n for n in latent.shape[1:]) == size and (labels is None or labels.shape == size)
         return found if whole else None
 
-    def encode(self, case: Case, sources: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
+    def read(self, case: Case) -> _Read:
+        """Read a case where its latent is not there already."""
+        sources = _sources(case)
+        side = None if self.force else self.sidecar(case, sources)
+        return _Read(sources=sources, side=side, ready=prepared(case, self.encoding) if side is None else None)
+
+    def encode(self, case: Case, read: _Read, networks: Networks) -> dict[str, Any]:
         """Encode a case, write its files, the sidecar last, and return the sidecar."""
         import torch
 
-        ready = prepared(case, self.encoding)
+        ready = read.ready
+        assert ready is not None
         image = torch.from_numpy(np.ascontiguousarray(ready.image))[None, None]
         if self.encoding.latent == "mean":
             made = networks.encode(image)[0].cpu().numpy()
@@ -393,13 +427,13 @@ class _Work:
         geometry = ready.geometry
         side = {
             "schema": SCHEMA, "id": case.id, "dim": list(geometry.size), "spacing": list(geometry.spacing), "affine": geometry.affine,
-            "modality": case.modality, **sources, "vae_sha256": self.vae_sha256, "encoding": self.encoding.as_dict(),
+            "modality": case.modality, **read.sources, "vae_sha256": self.vae_sha256, "encoding": self.encoding.as_dict(),
             "precision": networks.precision.name, "source": str(case.image),
         }  # fmt: skip
         self.path(case, "latent.json").unlink(missing_ok=True)  # it must not speak for files that are only half replaced
-        write_atomic(self.path(case, "latent.npy"), _npy(latent))
+        write_atomic(self.path(case, "latent.npy"), npy(latent))
         if ready.labels is not None:
-            write_atomic(self.path(case, "labels.npy"), _npy(ready.labels))
+            write_atomic(self.path(case, "labels.npy"), npy(ready.labels))
         write_atomic(self.path(case, "latent.json"), (json.dumps(side, indent=1) + "\n").encode())
         return side
 
@@ -422,7 +456,8 @@ def _words(encoding: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in encoding.items()) if isinstance(encoding, dict) else "other settings"
 
 
-def _npy(array: NDArray[Any]) -> bytes:
+def npy(array: NDArray[Any]) -> bytes:
+    """Return an array as the bytes of a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

@@ -12,8 +12,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,20 @@ def read_lists(
     """Read several lists as one. There is one of `bases` for all of them, or one for each. Raises `UsageError` as `read_list` does."""
     rows = [row for row in all_rows(paths, bases) if row.section in sections]
     cases = [case_of(row) for row in rows]
+    require_ids(rows, cases)
+    if not cases:
+        raise UsageError(f"{', '.join(map(str, paths))} lists no cases", hint="make some:  maisi data phantom --count 32 --out DIR")
+    return cases
+
+
+def require_ids(rows: Sequence[Row], cases: Sequence[Case]) -> None:
+    """Refuse an id that two entries have, but for case. Raises `UsageError`, naming both rows."""
     first: dict[str, str] = {}
     for row, case in zip(rows, cases, strict=True):
         if case.id.casefold() in first:
             raise UsageError(f"{row.where}: the id {case.id!r} is there already ({first[case.id.casefold()]})",
                              hint="give each case an id of its own: its files are named after it")  # fmt: skip
         first[case.id.casefold()] = row.where
-    if not cases:
-        raise UsageError(f"{', '.join(map(str, paths))} lists no cases", hint="make some:  maisi data phantom --count 32 --out DIR")
-    return cases
 
 
 def all_rows(paths: Sequence[str | Path], bases: Sequence[str | Path] = ()) -> list[Row]:
@@ -183,11 +189,10 @@ def _csv_rows(text: str, path: Path, base: Path) -> Iterator[Row]:
 def case_of(row: Row) -> Case:
     """Return the case that an entry describes. Raises `UsageError`, naming the row, for what is missing or no value."""
     values = row.values
-    files = {key: _file(row, key) for key in FILES}
+    fields: dict[str, Any] = {name: read(row) for name, read in FIELDS.items()}
     return Case(
-        id=id_of(row), spacing_mm=_spacing(row, files["image"]), modality=_modality(row), fold=_fold(row), dim=_dim(row),
-        regions=_regions(row), vae_sha256=str(values["vae_sha256"]) if "vae_sha256" in values else None, section=row.section,
-        extra={key: value for key, value in values.items() if key not in _KNOWN}, **files,
+        id=id_of(row), vae_sha256=str(values["vae_sha256"]) if "vae_sha256" in values else None, section=row.section,
+        extra={key: value for key, value in values.items() if key not in _KNOWN}, **fields,
     )  # fmt: skip
 
 
@@ -214,7 +219,8 @@ def _file(row: Row, key: str) -> Path | None:
     return file
 
 
-def _spacing(row: Row, image: Path | None) -> Triple:
+def _spacing(row: Row) -> Triple:
+    image = _file(row, "image")
     if "spacing" not in row.values and image is not None and image.name.endswith(NIFTI_ENDS):
         from ..volumes import read_geometry
 
@@ -277,6 +283,13 @@ def numbers(value: Any, count: int) -> list[float] | None:
     except (TypeError, ValueError):
         return None
     return found if all(map(math.isfinite, found)) else None
+
+
+FIELDS: Mapping[str, Callable[[Row], Any]] = {
+    **{key: partial(_file, key=key) for key in FILES}, "spacing_mm": _spacing, "modality": _modality, "fold": _fold, "dim": _dim,
+    "regions": _regions,
+}  # fmt: skip
+"""What reads each field of a case from an entry; each raises `UsageError`, naming the row, for a value that is none."""
 
 
 # --- writing, splitting -------------------------------------------------------------------------
