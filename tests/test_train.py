@@ -146,7 +146,8 @@ def latest(out: Path) -> Path:
 
 def state_of(out: Path) -> dict[str, Any]:
     """Return what the last checkpoint of a run holds: the scalars of `state.json`, and the tensors by file."""
-    return {**json.loads((latest(out) / "state.json").read_text("utf-8")), **{path.stem: load_file(path) for path in latest(out).glob("*.safetensors")}}
+    tensors = {path.stem: load_file(path) for path in latest(out).glob("*.safetensors")}
+    return {**json.loads((latest(out) / "state.json").read_text("utf-8")), **tensors}
 
 
 # --- the loop -----------------------------------------------------------------------------
@@ -386,7 +387,8 @@ def test_overrides_win_with_or_without_prefix() -> None:
      ({"steps": 0}, "steps"), ({"timesteps": "late"}, "timesteps"), ({"precision": "fp8"}, "precision"),
      ({"accumulate": 0}, "accumulate"), ({"schedule": "step"}, "schedule"), ({"optimiser": "sgd"}, "optimiser"),
      ({"on_nan": "ignore"}, "on_nan"), ({"betas": [0.9]}, "betas"), ({"keep_last": 0}, "keep_last"), ({"overfit": 0}, "overfit"),
-     ({"final_lr": 2.0}, "final_lr"), ({"preview_every": -1}, "preview_every"), ({"time_shift": 0.0}, "time_shift"), ({"latent_noise": -0.1}, "latent_noise")],
+     ({"final_lr": 2.0}, "final_lr"), ({"preview_every": -1}, "preview_every"),
+     ({"time_shift": 0.0}, "time_shift"), ({"latent_noise": -0.1}, "latent_noise")],
 )  # fmt: skip
 def test_wrong_settings_are_refused_by_name(changes: Mapping[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -130,40 +130,31 @@ import json, os, runpy, shutil, signal, sys
 from pathlib import Path
 here = runpy.run_path(sys.argv[1])
 root = Path(sys.argv[2])
-
-def child(work):
-    number = os.fork()
-    if number == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    return os.waitpid(number, 0)[1]
+how = dict(trackers=("csv",), resume="auto", steps=3, validate_every=2)
 
 def killed(out, at):
-    seen = [0]
+    seen = 0
     def hook(event, arguments):
+        nonlocal seen
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and str(out) in str(arguments[0]):
-            seen[0] += 1
-            if seen[0] == at:
+            seen += 1
+            if seen == at:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-    here["train"](out, trackers=("csv",), resume="auto")
+    here["train"](out, **how)
 
-def went_on(out):
-    here["train"](out, trackers=("csv",), resume="auto")
-    (out / "digest").write_text(here["digest"](out))
-
-results = []
+here["train"](root / "0", **how)  # everything is imported before the first fork
+results = [[0, True, here["digest"](root / "0"), []]]
 for at in range(1, 10000):
     out = root / str(at)
-    status = child(lambda: killed(out, at))
+    number = os.fork()
+    if number == 0:
+        killed(out, at)
+        os._exit(0)
+    status = os.waitpid(number, 0)[1]
     assert os.WIFSIGNALED(status) or status == 0, (at, status)
-    assert child(lambda: went_on(out)) == 0, at
-    left = sorted(path.name for path in out.rglob(".*"))
-    results.append([at, os.WIFSIGNALED(status), (out / "digest").read_text(), left])
+    here["train"](out, **how)
+    results.append([at, os.WIFSIGNALED(status), here["digest"](out), sorted(path.name for path in out.rglob(".*"))])
     shutil.rmtree(out)
     if status == 0:
         break
@@ -173,14 +164,14 @@ print(json.dumps(results))
 
 def test_a_run_killed_before_any_operation_on_its_files_goes_on_bit_equal(tmp_path: Path) -> None:
     """SIGKILL at the k-th file operation (open, rename, remove, mkdir), for every k; each time `--resume auto` ends the same."""
-    train(tmp_path / "whole", trackers=("csv",))
+    train(tmp_path / "whole", trackers=("csv",), steps=3, validate_every=2)
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, __file__, str(tmp_path / "runs")], capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert sum(was_killed for _, was_killed, _, _ in results) > 60
+    assert sum(was_killed for _, was_killed, _, _ in results) > 80
     assert {found for _, _, found, _ in results} == {digest(tmp_path / "whole")}
     assert [left for *_, left in results if left] == []
 
@@ -207,8 +198,8 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: int) -> None:
 # --- refused ----------------------------------------------------------------------------------------
 
 FILES = ("model", "average", "optimiser", "opponent", "opponent_optimiser", "rng")
-KEYS = ("schema", "kind", "settings", "data", "processes", "step", "draws", "spoiled", "elapsed_s", "best", "optimisers", "scaler",
-        "numpy_rng", "files", "sha256")  # fmt: skip
+KEYS = ("schema", "kind", "settings", "data", "processes", "step", "draws", "spoiled", "elapsed_s", "best", "validated", "optimisers",
+        "scaler", "numpy_rng", "files", "sha256")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -490,8 +481,8 @@ def test_a_plugin_adds_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     told: list[Any] = []
 
     class Mine:
-        def __init__(self, out: Path, step: int) -> None:
-            told.append((out, step))
+        def __init__(self, out: Path, since: tracking.Since) -> None:
+            told.append((out, since.step))
 
         def log(self, step: int, figures: Mapping[str, float]) -> None:
             told.append(step)
@@ -511,5 +502,5 @@ def test_a_plugin_adds_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    tracking.JsonLines(tmp_path, 2).log(3, {"loss": 0.5})
+    tracking.JsonLines(tmp_path, tracking.Since(step=2)).log(3, {"loss": 0.5})
     assert rows(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5}]
