@@ -22,12 +22,14 @@ from maisi_cli.events import Event, Note, Step, Stopped, ignore
 from maisi_cli.plugins import plugins
 from maisi_cli.team import Team
 from maisi_cli.train import loop, tracking
-from maisi_cli.train.optimisation import optimiser_for
+from maisi_cli.train.optimisation import average_into, optimiser_for
 from maisi_cli.train.settings import TrainSettings
 from maisi_cli.train.state import Identity, Learner, restore, save
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 
 class Toy:
@@ -383,6 +385,41 @@ def test_the_scaler_of_fp16_is_part_of_the_state(tmp_path: Path) -> None:
     assert two.scaler.get_scale() == 64
     with pytest.raises(UsageError, match="scaler"):
         restore(latest(tmp_path), learner(None), identity, Team())
+
+
+def test_a_network_that_is_sharded_is_saved_whole_and_comes_back_sharded(tmp_path: Path) -> None:
+    """FSDP 2, in a group of one process on the processor: the tensors are sharded ones, and a step after the restart is the same."""
+
+    def learner() -> Learner:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        fully_shard(network, mesh=distributed.init_device_mesh("cpu", (1,)))
+        average = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        optimiser = optimiser_for(settings_of(), network.parameters(), torch.device("cpu"))
+        return Learner(network=network, average=average, optimiser=optimiser, rng=np.random.default_rng(0))
+
+    def step(each: Learner) -> None:
+        each.network(torch.ones(2, 4)).square().mean().backward()
+        each.optimiser.step()
+        each.optimiser.zero_grad()
+        average_into(each.average, each.network, 0.5)
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        identity = Identity.of(settings_of(), {}, 1)
+        one, two = learner(), learner()
+        step(one)
+        save(tmp_path, one, identity, Team(), keep_last=1)
+        restore(latest(tmp_path), two, identity, Team())
+        for each in (one, two):
+            step(each)
+        for tables in ((one.network.state_dict(), two.network.state_dict()), (one.average, two.average)):
+            for key, value in tables[0].items():
+                assert isinstance(value, DTensor)
+                assert isinstance(tables[1][key], DTensor)
+                assert torch.equal(value.full_tensor(), tables[1][key].full_tensor())
+    finally:
+        distributed.destroy_process_group()
 
 
 # --- steps ------------------------------------------------------------------------------------------

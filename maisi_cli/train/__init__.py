@@ -32,7 +32,7 @@ def train(
     training starts from are never written. Raises `UsageError` for bad settings, lists and states.
     """
     settings = settings_from(kind, preset or f"nano-{kind}", overrides)
-    arguments = {"data": Path(data), "settings": settings, "out": Path(out), "resume": resume, "force": force}
+    arguments: dict[str, Any] = {"data": Path(data), "settings": settings, "out": Path(out), "resume": resume, "force": force}
     count = processes_wanted(gpus, settings.device) if gpus != 1 else 1
     if count > 1:
         return launch(_train_here, count, arguments, on_event)
