@@ -122,8 +122,8 @@ def register_executors(register: Register) -> None:
 def register_trackers(register: Register) -> None:
     """Add trackers of training: `register("mlflow", "my_package:mlflow", summary=...)`, chosen with `train.trackers`.
 
-    The target is a function `open(out, step) -> Tracker`, see `maisi_cli.train.tracking.Tracker`: `out` is the run's folder,
-    `step` the one that training goes on from. It gets the figures that `log.jsonl` has.
+    The target is a function `open(out, since) -> Tracker`, see `maisi_cli.train.tracking`: `out` is the run's folder, `since`
+    says which steps are known already. The tracker gets the figures that `log.jsonl` has.
     """
 
 

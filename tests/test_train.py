@@ -29,6 +29,8 @@ from maisi_cli.train.controlnet import ControlNetTask, add_residuals_out_of_plac
 from maisi_cli.train.data import Case, encode, intensity, make_phantoms, read_list, split
 from maisi_cli.train.diffusion import DiffusionTask, Encoded, draw_times, mix, scale_factor
 from maisi_cli.train.optimisation import average_into, learning_rate
+from maisi_cli.train.overfit import only
+from maisi_cli.train.recompute import recompute
 from maisi_cli.train.vae import noise_latents
 from maisi_cli.volumes import read_image, read_mask
 from safetensors import safe_open
@@ -146,10 +148,8 @@ def latest(out: Path) -> Path:
 
 def state_of(out: Path) -> dict[str, Any]:
     """Return what the last checkpoint of a run holds: the scalars of `state.json`, and the tensors by file."""
-    return {
-        **json.loads((latest(out) / "state.json").read_text("utf-8")),
-        **{path.stem: load_file(path) for path in latest(out).glob("*.safetensors")},
-    }
+    tensors = {path.stem: load_file(path) for path in latest(out).glob("*.safetensors")}
+    return {**json.loads((latest(out) / "state.json").read_text("utf-8")), **tensors}
 
 
 # --- the loop -----------------------------------------------------------------------------
@@ -330,6 +330,143 @@ def test_training_improves_validation(folder: Path, tmp_path: Path, kind: str, b
         assert float(file.metadata()["score"]) == pytest.approx(min(scores), rel=1e-4)  # the best is exported
 
 
+HEART = {"vae": (60, 0.65), "dm": (150, 0.8), "controlnet": (100, 0.96)}
+"""Steps, and the share of the first losses that the last ones must fall below, when two cases are learned by heart."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_trainer_learns_two_cases_by_heart(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Means over steps: the noise of flow matching makes single losses jump. Without learning they are 1.00, 1.00 and 0.97."""
+    steps, bound = HEART[kind]
+    run(folder, kind, tmp_path / "run", overfit=2, steps=steps, lr=5e-3, batch_size=4, ema_decay=0.9, final_lr=0.2)
+    found = [row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert np.mean(found[-20:]) < bound * np.mean(found[:10])
+
+
+def test_overfitting_takes_the_first_training_cases_alone(folder: Path) -> None:
+    data = folder / "data"
+    with only(data, 1) as chosen:
+        for name in ("list.json", "latents.json"):
+            (case,) = read_list(chosen / name)
+            assert case.id == read_list(data / name)[0].id
+            for key in ("image", "label", "latent"):
+                path = getattr(case, key)
+                assert path is None or path.is_file()
+    assert not chosen.exists()
+    with only(data / "latents.json", 2) as chosen:
+        assert [case.id for case in read_list(chosen)] == [case.id for case in split(read_list(data / "latents.json"))[0]]
+    with only(data, None) as chosen:
+        assert chosen == data
+    with pytest.raises(UsageError, match="has 2 training cases, not 3"), only(data, 3):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_changes_no_number(folder: Path, tmp_path: Path, kind: str) -> None:
+    run(folder, kind, tmp_path / "kept", steps=2)
+    run(folder, kind, tmp_path / "again", steps=2, recompute=True)
+    kept, again = (state_of(tmp_path / name)["model"] for name in ("kept", "again"))
+    assert all(torch.equal(value, again[key]) for key, value in kept.items())
+
+
+def test_recomputed_blocks_keep_their_input_alone(folder: Path) -> None:
+    network = build(find_model(str(folder / "tiny.toml")).networks["vae"])
+    image = torch.rand(1, 1, 32, 32, 32)
+
+    def kept() -> int:
+        """Return the bytes that the forward pass keeps for the way back, each storage once."""
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            keep = network(image)
+        del keep
+        return sum(found.values())
+
+    before = kept()
+    assert recompute(network) == recompute(network) > 5
+    assert kept() < 0.7 * before
+    with pytest.raises(UsageError, match="no residual blocks"):
+        recompute(nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_run_agrees_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    run(folder, "dm", tmp_path / "plain")
+    run(folder, "dm", tmp_path / "fast", compile=True, on_event=Interrupt(2))
+    run(folder, "dm", tmp_path / "fast", compile=True, resume="auto")
+    plain, fast = (state_of(tmp_path / name)["model"] for name in ("plain", "fast"))
+    assert plain.keys() == fast.keys()
+    assert all(torch.allclose(value, fast[key], atol=1e-4) for key, value in plain.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("controlnet", {"train_unet": True, "label_dropout": 0.5})])
+def test_two_processes_train_as_one_for_each_trainer(folder: Path, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    run(folder, kind, tmp_path / "one", batch_size=2, **changes)
+    table = overrides(folder, kind, **changes)
+    train(kind, data=folder / "data", out=tmp_path / "two", overrides=table, gpus=2)
+    one, two = ([row["loss"] for row in rows_of(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+from maisi_cli.train import train
+arguments = json.loads(sys.argv[1])
+out = Path(sys.argv[2])
+
+def killed(at):
+    seen = 0
+    def hook(event, values):
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and str(out / str(at)) in str(values[0]):
+            seen += 1
+            if seen == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    train(**arguments, out=out / str(at), resume="auto")
+
+train(**arguments, out=out / "whole")
+at, status = 0, 1
+while status:
+    at += 1
+    number = os.fork()
+    if number == 0:
+        killed(at)
+        os._exit(0)
+    status = os.waitpid(number, 0)[1]
+    assert status == 0 or os.WIFSIGNALED(status), status
+    train(**arguments, out=out / str(at), resume="auto")
+print(at)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_trainer_that_is_killed_at_any_file_operation_goes_on_bit_equal(folder: Path, tmp_path: Path, kind: str) -> None:
+    arguments = {"kind": kind, "data": str(folder / "data"), "overrides": overrides(folder, kind, save_every=2, validate_every=2)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(arguments), str(tmp_path)], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 60
+    whole = state_of(tmp_path / "whole")
+    exported = load_file(tmp_path / "whole" / f"{NAMES[kind]}.safetensors")
+    for at in range(1, int(done.stdout) + 1):
+        found = state_of(tmp_path / str(at))
+        for name in ("model", "average", "optimiser", "rng"):
+            assert all(torch.equal(value, found[name][key]) for key, value in whole[name].items()), (at, name)
+        again = load_file(tmp_path / str(at) / f"{NAMES[kind]}.safetensors")
+        assert all(torch.equal(value, again[key]) for key, value in exported.items()), at
+
+
 @given(st.integers(0, 100), st.floats(0, 1), st.sampled_from(["cosine", "polynomial"]))
 def test_learning_rate_rises_and_falls(step: int, progress: float, schedule: str) -> None:
     settings = TrainSettings(kind="dm", lr=2e-4, warmup_steps=10, final_lr=0.1, schedule=schedule)
@@ -390,7 +527,8 @@ def test_overrides_win_with_or_without_prefix() -> None:
      ({"steps": 0}, "steps"), ({"timesteps": "late"}, "timesteps"), ({"precision": "fp8"}, "precision"),
      ({"accumulate": 0}, "accumulate"), ({"schedule": "step"}, "schedule"), ({"optimiser": "sgd"}, "optimiser"),
      ({"on_nan": "ignore"}, "on_nan"), ({"betas": [0.9]}, "betas"), ({"keep_last": 0}, "keep_last"), ({"overfit": 0}, "overfit"),
-     ({"final_lr": 2.0}, "final_lr"), ({"preview_every": -1}, "preview_every"), ({"time_shift": 0.0}, "time_shift"), ({"latent_noise": -0.1}, "latent_noise")],
+     ({"final_lr": 2.0}, "final_lr"), ({"preview_every": -1}, "preview_every"),
+     ({"time_shift": 0.0}, "time_shift"), ({"latent_noise": -0.1}, "latent_noise")],
 )  # fmt: skip
 def test_wrong_settings_are_refused_by_name(changes: Mapping[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

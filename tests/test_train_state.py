@@ -22,12 +22,14 @@ from maisi_cli.events import Event, Note, Step, Stopped, ignore
 from maisi_cli.plugins import plugins
 from maisi_cli.team import Team
 from maisi_cli.train import loop, tracking
-from maisi_cli.train.optimisation import optimiser_for
+from maisi_cli.train.optimisation import average_into, optimiser_for
 from maisi_cli.train.settings import TrainSettings
 from maisi_cli.train.state import Identity, Learner, restore, save
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 
 class Toy:
@@ -130,40 +132,31 @@ import json, os, runpy, shutil, signal, sys
 from pathlib import Path
 here = runpy.run_path(sys.argv[1])
 root = Path(sys.argv[2])
-
-def child(work):
-    number = os.fork()
-    if number == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    return os.waitpid(number, 0)[1]
+how = dict(trackers=("csv",), resume="auto", steps=3, validate_every=2)
 
 def killed(out, at):
-    seen = [0]
+    seen = 0
     def hook(event, arguments):
+        nonlocal seen
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and str(out) in str(arguments[0]):
-            seen[0] += 1
-            if seen[0] == at:
+            seen += 1
+            if seen == at:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-    here["train"](out, trackers=("csv",), resume="auto")
+    here["train"](out, **how)
 
-def went_on(out):
-    here["train"](out, trackers=("csv",), resume="auto")
-    (out / "digest").write_text(here["digest"](out))
-
-results = []
+here["train"](root / "0", **how)  # everything is imported before the first fork
+results = [[0, True, here["digest"](root / "0"), []]]
 for at in range(1, 10000):
     out = root / str(at)
-    status = child(lambda: killed(out, at))
+    number = os.fork()
+    if number == 0:
+        killed(out, at)
+        os._exit(0)
+    status = os.waitpid(number, 0)[1]
     assert os.WIFSIGNALED(status) or status == 0, (at, status)
-    assert child(lambda: went_on(out)) == 0, at
-    left = sorted(path.name for path in out.rglob(".*"))
-    results.append([at, os.WIFSIGNALED(status), (out / "digest").read_text(), left])
+    here["train"](out, **how)
+    results.append([at, os.WIFSIGNALED(status), here["digest"](out), sorted(path.name for path in out.rglob(".*"))])
     shutil.rmtree(out)
     if status == 0:
         break
@@ -173,14 +166,14 @@ print(json.dumps(results))
 
 def test_a_run_killed_before_any_operation_on_its_files_goes_on_bit_equal(tmp_path: Path) -> None:
     """SIGKILL at the k-th file operation (open, rename, remove, mkdir), for every k; each time `--resume auto` ends the same."""
-    train(tmp_path / "whole", trackers=("csv",))
+    train(tmp_path / "whole", trackers=("csv",), steps=3, validate_every=2)
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, __file__, str(tmp_path / "runs")], capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert sum(was_killed for _, was_killed, _, _ in results) > 60
+    assert sum(was_killed for _, was_killed, _, _ in results) > 80
     assert {found for _, _, found, _ in results} == {digest(tmp_path / "whole")}
     assert [left for *_, left in results if left] == []
 
@@ -207,8 +200,8 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: int) -> None:
 # --- refused ----------------------------------------------------------------------------------------
 
 FILES = ("model", "average", "optimiser", "opponent", "opponent_optimiser", "rng")
-KEYS = ("schema", "kind", "settings", "data", "processes", "step", "draws", "spoiled", "elapsed_s", "best", "optimisers", "scaler",
-        "numpy_rng", "files", "sha256")  # fmt: skip
+KEYS = ("schema", "kind", "settings", "data", "processes", "step", "draws", "spoiled", "elapsed_s", "best", "validated", "optimisers",
+        "scaler", "numpy_rng", "files", "sha256")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +387,41 @@ def test_the_scaler_of_fp16_is_part_of_the_state(tmp_path: Path) -> None:
         restore(latest(tmp_path), learner(None), identity, Team())
 
 
+def test_a_network_that_is_sharded_is_saved_whole_and_comes_back_sharded(tmp_path: Path) -> None:
+    """FSDP 2, in a group of one process on the processor: the tensors are sharded ones, and a step after the restart is the same."""
+
+    def learner() -> Learner:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        fully_shard(network, mesh=distributed.init_device_mesh("cpu", (1,)))
+        average = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        optimiser = optimiser_for(settings_of(), network.parameters(), torch.device("cpu"))
+        return Learner(network=network, average=average, optimiser=optimiser, rng=np.random.default_rng(0))
+
+    def step(each: Learner) -> None:
+        each.network(torch.ones(2, 4)).square().mean().backward()
+        each.optimiser.step()
+        each.optimiser.zero_grad()
+        average_into(each.average, each.network, 0.5)
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        identity = Identity.of(settings_of(), {}, 1)
+        one, two = learner(), learner()
+        step(one)
+        save(tmp_path, one, identity, Team(), keep_last=1)
+        restore(latest(tmp_path), two, identity, Team())
+        for each in (one, two):
+            step(each)
+        for tables in ((one.network.state_dict(), two.network.state_dict()), (one.average, two.average)):
+            for key, value in tables[0].items():
+                assert isinstance(value, DTensor)
+                assert isinstance(tables[1][key], DTensor)
+                assert torch.equal(value.full_tensor(), tables[1][key].full_tensor())
+    finally:
+        distributed.destroy_process_group()
+
+
 # --- steps ------------------------------------------------------------------------------------------
 
 
@@ -490,8 +518,8 @@ def test_a_plugin_adds_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     told: list[Any] = []
 
     class Mine:
-        def __init__(self, out: Path, step: int) -> None:
-            told.append((out, step))
+        def __init__(self, out: Path, since: tracking.Since) -> None:
+            told.append((out, since.step))
 
         def log(self, step: int, figures: Mapping[str, float]) -> None:
             told.append(step)
@@ -511,5 +539,5 @@ def test_a_plugin_adds_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    tracking.JsonLines(tmp_path, 2).log(3, {"loss": 0.5})
+    tracking.JsonLines(tmp_path, tracking.Since(step=2)).log(3, {"loss": 0.5})
     assert rows(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5}]

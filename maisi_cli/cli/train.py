@@ -63,7 +63,8 @@ train_app = typer.Typer(help="Train the VAE, the diffusion model and the Control
 
 @train_app.command("vae", epilog=examples(
     "maisi train vae --data phantoms/ --out runs/vae --set train.steps=2",
-    "maisi train vae --data phantoms/ --out runs/vae --set train.steps=4 --resume auto"))  # fmt: skip
+    "maisi train vae --data phantoms/ --out runs/vae --set train.steps=4 --resume auto",
+    "maisi train vae --data phantoms/ --out runs/vae2 --overfit 2 --accumulate 2 --keep-last 2 --set train.steps=2"))  # fmt: skip
 def vae(
     data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
     gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
@@ -76,7 +77,8 @@ def vae(
 
 @train_app.command("dm", epilog=examples(
     "maisi train dm --data latents/ --out runs/dm --set train.steps=2",
-    "maisi train dm --data latents/ --out runs/dm --set train.steps=4 --resume auto"))  # fmt: skip
+    "maisi train dm --data latents/ --out runs/dm --set train.steps=4 --resume auto",
+    "maisi train dm --data latents/ --out runs/dm2 --overfit 2 --accumulate 2 --keep-last 2 --set train.steps=2"))  # fmt: skip
 def dm(
     data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
     gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
@@ -89,7 +91,8 @@ def dm(
 
 @train_app.command("controlnet", epilog=examples(
     "maisi train controlnet --data latents/ --unet runs/dm/unet.safetensors --out runs/controlnet --set train.steps=2",
-    "maisi train controlnet --data latents/ --unet runs/dm/unet.safetensors --out runs/controlnet --set train.steps=4 --resume auto"))  # fmt: skip
+    "maisi train controlnet --data latents/ --unet runs/dm/unet.safetensors --out runs/controlnet --set train.steps=4 --resume auto",
+    "maisi train controlnet --data latents/ --unet runs/dm/unet.safetensors --out runs/controlnet2 --overfit 2 --accumulate 2 --keep-last 2 --set train.steps=2"))  # fmt: skip
 def controlnet(
     data: Data, out: TrainOut,
     unet: Annotated[Path | None, typer.Option("--unet", metavar="FILE", help="Weights of the frozen diffusion model.", show_default=False)] = None,

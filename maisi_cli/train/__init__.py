@@ -13,7 +13,7 @@ from typing import Any
 
 from ..events import OnEvent, ignore
 from ..record import sha256_of
-from .launch import launch, processes, processes_wanted
+from .launcher import launch, processes, processes_wanted
 from .overfit import only
 from .settings import KINDS, TrainSettings, settings_from
 

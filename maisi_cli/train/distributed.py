@@ -98,9 +98,10 @@ class SharedNoise(TorchFunctionMode):
             return func(tuple(size), **kwargs)
         if self.times > 1 and func is torch.randint:
             *bounds, size = args if "size" not in kwargs else (*args, kwargs.pop("size"))
+            draw: Any = func
             if len(size) and size[0] == self.count:
-                return func(*bounds, (self.times * self.count, *size[1:]), **kwargs)[self.mine]
-            return func(*bounds, size, **kwargs)
+                return draw(*bounds, (self.times * self.count, *size[1:]), **kwargs)[self.mine]
+            return draw(*bounds, size, **kwargs)
         if self.times > 1 and func in self._LIKE and args[0].ndim and len(args[0]) == self.count:
             return func(torch.cat([args[0].detach()] * self.times), *args[1:], **kwargs)[self.mine]
         return func(*args, **kwargs)

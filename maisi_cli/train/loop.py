@@ -27,7 +27,7 @@ from .previews import save_previews
 from .recompute import recompute
 from .settings import TrainSettings
 from .state import Identity, Learner, refuse_losing, restore, save, starting_point
-from .tracking import Trackers, check_trackers
+from .tracking import Since, Trackers, check_trackers
 
 _SPOILED_AT_MOST = 5
 _SPOILED_WITH_SCALER = 40  # a scaler of fp16 begins far too high, and halves until gradients fit
@@ -95,7 +95,7 @@ def run(
             restore(checkpoint, learner, identity, ranks)
             _check_best(learner, checkpoint, written, say)
             say(Note(text=f"resumed {task.name} at step {learner.step} from {checkpoint}"))
-        trackers = Trackers(settings.trackers, out, learner.step) if ranks.rank == 0 else None
+        trackers = Trackers(settings.trackers, out, Since(step=learner.step, validated=learner.validated)) if ranks.rank == 0 else None
         try:
             training = _Training(
                 task=task, settings=settings, out=out, accelerator=accelerator, ranks=ranks, learner=learner, identity=identity,
@@ -166,7 +166,6 @@ class _Training:
     say: OnEvent
     before_s: float
     started: float = field(default_factory=time.monotonic)
-    validated: int = -1
 
     def go(self) -> None:
         """Train to the end, or until a signal arrives."""
@@ -191,7 +190,7 @@ class _Training:
                 if learner.step % settings.save_every == 0:
                     self.save()
             self.save()  # first: whoever stops a run may not wait for its validation
-            if self.validated != learner.step:
+            if learner.validated != learner.step:
                 self.validate()
                 self.save()
         if stop:
@@ -304,7 +303,7 @@ class _Training:
         task, learner = self.task, self.learner
         with _averaged(learner):
             figures: dict[str, float] = self.ranks.share(dict(task.validate(learner.network)))
-        self.validated = learner.step
+        learner.validated = learner.step
         self._log({f"val_{key}": value for key, value in figures.items()})
         self.say(Note(text=f"{task.name} step {learner.step}: " + ", ".join(f"{key} {value:.5g}" for key, value in figures.items())))
         missing = self.ranks.share(not all(path.exists() for path in _weights(self.out, task)))

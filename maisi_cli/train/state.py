@@ -36,7 +36,7 @@ FREE = ("steps", "max_minutes", "validate_every", "preview_every", "save_every",
         "init", "unet", "vae")  # fmt: skip
 """Settings that may change when a run goes on: how long, how often and where; of starting weights the content counts."""
 
-_SCALARS = ("step", "draws", "spoiled", "elapsed_s", "best")
+_SCALARS = ("step", "draws", "spoiled", "elapsed_s", "best", "validated")
 _KEYS = ("schema", "kind", "settings", "data", "processes", *_SCALARS, "optimisers", "scaler", "numpy_rng", "files", "sha256")
 _START_AGAIN = "start again without --resume in another --out"
 
@@ -45,7 +45,8 @@ _START_AGAIN = "start again without --resume in another --out"
 class Learner:
     """Everything that training changes.
 
-    `draws` counts batches, those left out too; `spoiled` those left out in a row; `best` is the lowest score of validation.
+    `draws` counts batches, those left out too; `spoiled` those left out in a row; `best` is the lowest score of validation,
+    `validated` the step of the last one.
     `opponent` is the second network of an adversarial training.
     """
 
@@ -61,6 +62,7 @@ class Learner:
     spoiled: int = 0
     elapsed_s: float = 0.0
     best: float = math.inf
+    validated: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +157,13 @@ def _sweep(out: Path, written: Sequence[Path]) -> None:
     """Remove what a killed run left half written."""
     for path in (out / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(path)
-    names = [path.name for path in written] + [LOG]
-    parts = [part for name in names for part in out.glob(f".{name}.*.part")]
-    for part in (*parts, *(out / CHECKPOINTS).glob(f"step_*/.{STATE}.*.part")):
+    patterns = [
+        *(f".{path.name}.*.part" for path in written),
+        ".log.*.part",
+        "previews/.step_*.part",
+        f"{CHECKPOINTS}/step_*/.{STATE}.*.part",
+    ]
+    for part in [each for pattern in patterns for each in out.glob(pattern)]:
         part.unlink()
 
 
@@ -260,7 +266,7 @@ def _write(
 
 def _amend(folder: Path, learner: Learner) -> None:
     content = _content(folder)
-    content.update(elapsed_s=learner.elapsed_s, best=_scalars(learner)["best"])
+    content.update({name: _scalars(learner)[name] for name in ("elapsed_s", "best", "validated")})
     write_atomic(folder / STATE, _sealed(content))
 
 

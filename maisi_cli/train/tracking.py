@@ -1,7 +1,8 @@
 """Where the figures of a run go: `log.jsonl` always, and what plugins register as trackers (hook `register_trackers`).
 
-A tracker is opened by a function `open(out, step) -> Tracker`: `out` is the run's folder, `step` the one that training goes on
-from; what a tracker holds of later steps belongs to a run that was cut off, and is dropped.
+A tracker is opened by a function `open(out, since) -> Tracker`: `out` is the run's folder, `since` says which figures are known
+already; what a tracker holds beyond them belongs to a run that was cut off, and is dropped. What a tracker lacks, its function
+`check()`, where it has one, says before a run begins.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,18 @@ from ..plugins import plugins
 LOG = "log.jsonl"
 CSV = "log.csv"
 BOARD = "tensorboard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Since:
+    """Where training goes on: after which step, and the step that was validated last; -1 for none."""
+
+    step: int = 0
+    validated: int = -1
+
+    def knows(self, step: float, name: str) -> bool:
+        """Say whether a figure of a step is older than this."""
+        return step <= (self.validated if name.startswith("val_") else self.step)
 
 
 class Tracker(Protocol):
@@ -35,11 +49,11 @@ class Tracker(Protocol):
 class JsonLines:
     """`log.jsonl`: a JSON object a line, `{"step": 3, "loss": 0.2, ...}`."""
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, since: Since) -> None:
         self.path = out / LOG
         out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+            kept = [line for line in self.path.read_text("utf-8").splitlines() if _is_known(line, since)]
             write_atomic(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -51,25 +65,26 @@ class JsonLines:
         """Every line is written already."""
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for one that was cut off while it was written."""
+def _is_known(line: str, since: Since) -> bool:
+    """Say whether to keep a line; one that was cut off while it was written is not kept."""
     try:
-        return float(json.loads(line)["step"])
+        row = json.loads(line)
+        return all(since.knows(float(row["step"]), name) for name in row if name != "step")
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False
 
 
 class CsvTable:
     """`log.csv`: a row for each figure, `step,name,value`."""
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, since: Since) -> None:
         self.path = out / CSV
         buffer = io.StringIO()
         writer = csv.writer(buffer)
         writer.writerow(("step", "name", "value"))
-        if self.path.exists() and step:
+        if self.path.exists() and since.step:
             with self.path.open(newline="", encoding="utf-8") as file:
-                writer.writerows(row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= step)
+                writer.writerows(row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and since.knows(int(row[0]), row[1]))
         write_atomic(self.path, buffer.getvalue().encode())
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -84,10 +99,10 @@ class CsvTable:
 class Board:
     """TensorBoard's event files, under `tensorboard/`."""
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, since: Since) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(str(out / BOARD), purge_step=step + 1)
+        self.writer: Any = SummaryWriter(str(out / BOARD), purge_step=since.step + 1)
 
     @staticmethod
     def check() -> None:
@@ -121,9 +136,9 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """`log.jsonl` and the trackers of a run, as one."""
 
-    def __init__(self, names: Sequence[str], out: Path, step: int) -> None:
+    def __init__(self, names: Sequence[str], out: Path, since: Since) -> None:
         registry = plugins().registry("trackers")
-        self.all: list[Tracker] = [JsonLines(out, step), *(registry.get(name)(out, step) for name in names)]
+        self.all: list[Tracker] = [JsonLines(out, since), *(registry.get(name)(out, since) for name in names)]
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Tell them all."""
