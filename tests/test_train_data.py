@@ -334,7 +334,7 @@ IMAGES: dict[str, tuple[Break, tuple[str, str, str | None], str]] = {
     "no spacing": (set_(1, spacing=[1, 2]), ("list", "error", "p1"), "no spacing"),
     "no modality": (set_(1, modality=None), ("list", "error", "p1"), "no modality"),
     "no fold": (lambda _, rows: void(rows[1].update(fold="x")), ("list", "error", "p1"), "fold 'x'"),
-    "nothing to see": (lambda _, rows: void((rows[1].pop("image"), rows[1].pop("label"))), ("list", "error", "p1"), "neither image nor latent"),
+    "no image": (lambda _, rows: void((rows[1].pop("image"), rows[1].pop("label"))), ("list", "error", "p1"), "neither image nor latent"),
     "a label of another kind": (lambda folder, rows: void((copy("p1_seg.nii.gz", "p1.mha")(folder, rows), rows[1].update(label="p1.mha"))),
                                 ("label", "error", "p1"), "not named .nii.gz"),
     "damaged image without a listed spacing": (lambda folder, rows: void((damage("p1.nii.gz")(folder, rows), rows[1].pop("spacing"))),
