@@ -17,8 +17,8 @@ from maisi_cli.errors import UsageError
 from maisi_cli.repair import without_lesions
 from maisi_cli.sampling import ddpm_alphas
 from maisi_cli.testing import filled, tiny_model
-from maisi_cli.train import TrainSettings, contrastive, controlnet, diffusion, vocabulary
-from maisi_cli.train.controlnet import ControlNetTask, Pair, copy_matching
+from maisi_cli.train import TrainSettings, contrastive, diffusion, vocabulary
+from maisi_cli.train.controlnet import ControlNetTask, Pair
 from maisi_cli.train.diffusion import DiffusionTask
 from maisi_cli.weights import load_state, save_state
 from torch import Tensor
@@ -27,6 +27,8 @@ from . import golden
 
 Shared = Callable[[str], Path]
 CYST = 133
+SPACING = torch.tensor([[150.0, 150.0, 200.0]])
+"""That of the reference's cases, which do not tell it: with it their outputs are met."""
 
 
 # --- against the reference ------------------------------------------------------------------------
@@ -37,14 +39,20 @@ def case63(shared: Shared) -> golden.Golden:
     return golden.case(shared, "t63_train_controlnet_rflow")
 
 
+def small(shared: Shared, part: str, file: str) -> tuple[Any, float]:
+    """Return a small network of the cases with its weights, and its scale factor."""
+    network = networks.build(golden.spec(shared, "rflow").networks[part])
+    state = load_state(shared(f"golden/checkpoints/{file}"), part)
+    network.load_state_dict({key: value.float() for key, value in state.tensors.items()})
+    return network, float(state.scale_factor or 0)
+
+
 def labels_of(case: golden.Golden, name: str) -> Tensor:
     return case.tensor(name).to(torch.uint8).reshape(1, 1, 64, 64, 64)
 
 
 def test_the_terms_of_the_controlnet_s_loss_are_the_reference_s(case63: golden.Golden, shared: Shared) -> None:
-    scale = float(
-        load_state(golden.spec(shared, "rflow") and shared("golden/checkpoints/diff_unet_3d_rflow-ct.pt"), "unet").scale_factor or 0
-    )
+    _, scale = small(shared, "unet", "diff_unet_3d_rflow-ct.pt")
     labels, without = labels_of(case63, "label"), labels_of(case63, "roi_free_labels")
     made, free = case63.tensor("model_output_0"), case63.tensor("model_output_roi_free_0")
     target = case63.tensor("image_0") * scale - case63.draws[0]
@@ -59,33 +67,19 @@ def test_the_terms_of_the_controlnet_s_loss_are_the_reference_s(case63: golden.G
 
 def test_whole_steps_of_the_controlnet_are_the_reference_s(case63: golden.Golden, shared: Shared) -> None:
     """Three steps from the same weights, noise and times: losses and gradients (one pass for both masks, the way down once)."""
-    spec = golden.spec(shared, "rflow")
-    torch.manual_seed(0)
-    net, unet = networks.build(spec.networks["controlnet"]), networks.build(spec.networks["unet"])
-    state = load_state(shared("golden/checkpoints/diff_unet_3d_rflow-ct.pt"), "unet")
-    unet.load_state_dict({key: value.float() for key, value in state.tensors.items()})
-    net.load_state_dict(
-        {
-            key: value.float()
-            for key, value in load_state(shared("golden/checkpoints/controlnet_3d_rflow-ct.pt"), "controlnet").tensors.items()
-        }
-    )
-    copy_matching(unet, net)
+    unet, scale = small(shared, "unet", "diff_unet_3d_rflow-ct.pt")
+    net, _ = small(shared, "controlnet", "controlnet_3d_rflow-ct.pt")
     told = case63.meta["scalars"]
-    assert float(torch.cat([p.detach().reshape(-1) for p in net.parameters()]).norm()) == pytest.approx(
-        told["controlnet_after_copy_model_state"]["param_l2"], rel=1e-5
-    )
     unet.requires_grad_(False).eval()
     labels, without = labels_of(case63, "label"), labels_of(case63, "roi_free_labels")
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    scale = float(state.scale_factor or 0)
     for k, step in enumerate(told["steps"]):
         latent, noise, u = case63.tensor(f"image_{k}") * scale, case63.draws[2 * k], case63.draws[2 * k + 1]
         times = diffusion.shifted(u, [16**3])
         assert times.tolist() == pytest.approx(step["t"], rel=1e-5)
-        inputs = {"spacing_tensor": torch.full((1, 3), 150.0), "class_labels": torch.ones(1, dtype=torch.long)}
+        inputs = {"spacing_tensor": SPACING, "class_labels": torch.ones(1, dtype=torch.long)}
         made, free = Pair(net, unet)(diffusion.mix(latent, noise, times), times, [labels, without], inputs).split(1)
-        if k == 0:  # spacing and class of the case are in the outputs
+        if k == 0:
             torch.testing.assert_close(made, case63.tensor("model_output_0"), rtol=1e-3, atol=1e-4)
         target = latent - noise
         weights = contrastive.weights(labels, {23}, 100, made.shape[2:])
@@ -93,7 +87,7 @@ def test_whole_steps_of_the_controlnet_are_the_reference_s(case63: golden.Golden
         loss = ((made - target).abs() * weights).mean() + 0.01 * (
             contrastive.foreground(made, free, changed, 2.0) + contrastive.background(free, target, same)
         )
-        assert float(loss) == pytest.approx(step["loss"], rel=1e-4)
+        assert float(loss.detach()) == pytest.approx(step["loss"], rel=1e-4)
         optimiser.param_groups[0]["lr"] = 1e-3 * (1 - k / 40) ** 2
         optimiser.zero_grad()
         loss.backward()
@@ -104,11 +98,7 @@ def test_whole_steps_of_the_controlnet_are_the_reference_s(case63: golden.Golden
 
 def test_steps_of_the_diffusion_model_are_the_reference_s(shared: Shared) -> None:
     case = golden.case(shared, "t61_train_dm_rflow")
-    spec = golden.spec(shared, "rflow")
-    unet = networks.build(spec.networks["unet"])
-    unet.load_state_dict(
-        {key: value.float() for key, value in load_state(shared("golden/checkpoints/diff_unet_3d_rflow-ct.pt"), "unet").tensors.items()}
-    )
+    unet, _ = small(shared, "unet", "diff_unet_3d_rflow-ct.pt")
     told, scale = case.meta["scalars"]["steps"], case.meta["scalars"]["scale_factor"]
     optimiser = torch.optim.Adam(unet.parameters(), lr=1e-3)
     losses = []
@@ -120,14 +110,14 @@ def test_steps_of_the_diffusion_model_are_the_reference_s(shared: Shared) -> Non
         kind = torch.where(draws[2] < 0.1, 0, kind)
         latent, noise = case.tensor(f"image_{k}") * scale, draws[3]
         times = diffusion.shifted(draws[4], [16 * 16 * 8] * 2)
-        made = unet(x=diffusion.mix(latent, noise, times), timesteps=times, spacing_tensor=torch.full((2, 3), 150.0), class_labels=kind)
+        made = unet(x=diffusion.mix(latent, noise, times), timesteps=times, spacing_tensor=SPACING.repeat(2, 1), class_labels=kind)
         loss = (made - (latent - noise)).abs().mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimiser.param_groups[0]["lr"] = step["lr"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert losses == pytest.approx([step["loss"] for step in told], rel=2e-2)  # the case does not tell its spacings
+    assert losses == pytest.approx([step["loss"] for step in told], rel=3e-3)  # the case does not tell its spacings
 
 
 # --- closed forms --------------------------------------------------------------------------------------
@@ -196,8 +186,16 @@ def write_cases(folder: Path, count: int = 4, *, label: int = 26, size: int = 8,
         np.save(folder / f"c{k}_labels.npy", labels)
         rows.append({"id": f"c{k}", "latent": f"c{k}_latent.npy", "label": f"c{k}_labels.npy", "spacing": [2, 2, 2], "modality": "ct",
                      "fold": 0 if k == 0 else 1, **more})  # fmt: skip
-    (folder / "latents.json").write_text(json.dumps({"training": rows}))
-    return folder
+    path = folder / "latents.json"
+    path.write_text(json.dumps({"training": rows}))
+    return path
+
+
+def renamed(path: Path) -> Path:
+    """Give the cases of a list other names."""
+    rows = json.loads(path.read_text())["training"]
+    path.write_text(json.dumps({"training": [{**row, "id": f"old{k}"} for k, row in enumerate(rows)]}))
+    return path
 
 
 @pytest.fixture
@@ -272,7 +270,7 @@ def test_contrast_needs_lesions_and_weights_need_their_label(model: Path, tmp_pa
         ControlNetTask(settings_of(model, contrastive_weight=0.01), data)
     with pytest.raises(UsageError, match="no training case has a lung tumor"):
         ControlNetTask(settings_of(model, weighted_labels=("lung tumor",)), data)
-    with pytest.raises(UsageError, match="label 'lung tumour'|label lung tumour|lung tumour"):
+    with pytest.raises(UsageError, match="lung tumour x"):
         ControlNetTask(settings_of(model, weighted_labels=("lung tumour x",)), data)
 
 
@@ -366,8 +364,7 @@ def test_labels_are_counted_by_split_and_strange_ones_refused(model: Path, tmp_p
 
 def test_what_was_learned_before_is_replayed(model: Path, tmp_path: Path) -> None:
     new, old = write_cases(tmp_path / "new", label=26), write_cases(tmp_path / "old", label=24)
-    rows = json.loads((old / "latents.json").read_text())["training"]
-    (old / "latents.json").write_text(json.dumps({"training": [{**row, "id": f"old{k}"} for k, row in enumerate(rows)]}))
+    renamed(old)
     task = ControlNetTask(settings_of(model, replay=str(old), replay_share=0.3, batch_size=1), new)
     rng = np.random.default_rng(0)
     drawn = [task.draw_case(rng).id.startswith("old") for _ in range(2000)]
@@ -382,8 +379,7 @@ def test_a_new_label_is_learned_where_the_mask_says_and_old_ones_are_kept(
     """A new class brightens the first latent channel where its mask lies; the loss on old cases rises by less than 15 %."""
     added(["labels", "add", "pancreatic cyst", "--id", "133", "--group", "cyst", "--host", "liver"], capsys)
     old, new = write_cases(tmp_path / "old", label=26), write_cases(tmp_path / "new", label=CYST)
-    rows = json.loads((old / "latents.json").read_text())["training"]
-    (old / "latents.json").write_text(json.dumps({"training": [{**row, "id": f"old{k}"} for k, row in enumerate(rows)]}))
+    renamed(old)
     from maisi_cli.train import train
 
     common = {"train.model": str(model), "train.crops": [[8, 8, 8]], "train.batch_size": 4, "train.lr": 3e-3, "train.loss": "l2",
@@ -398,14 +394,14 @@ def test_a_new_label_is_learned_where_the_mask_says_and_old_ones_are_kept(
 
     def look(weights: Path, data: Path) -> tuple[float, float]:
         """Return the held-out loss, and how much brighter the first channel is predicted where the label lies."""
-        task = controlnet.task(settings_of(model, unet=str(unet), init=str(weights)), data)
+        task = ControlNetTask(settings_of(model, unet=str(unet), init=str(weights)), data)
         batch = task.held_batch(task.held[0], torch.device("cpu"))
         noise = torch.randn(batch["latent"].shape, generator=torch.Generator().manual_seed(9))
         at = torch.tensor([900.0])
         with torch.no_grad():
             clean = task.predict(task.network, task.at(batch["latent"], noise, at), at, batch) + noise
             score = task.validate(task.network)["score"]
-        inside = contrastive.nearest(batch["labels"], (8, 8, 8))[0, 0].isin(torch.tensor([26.0, CYST]))
+        inside = torch.isin(contrastive.nearest(batch["labels"], (8, 8, 8))[0, 0], torch.tensor([26.0, CYST]))
         return score, float(clean[0, 0][inside].mean() - clean[0, 0][~inside].mean()) / task.scale
 
     old_before, _ = look(first, old)

@@ -82,6 +82,7 @@ class ControlNetTask(DiffusionTask):
     """
 
     name = "controlnet"
+    labelled = True
 
     def __init__(self, settings: TrainSettings, data: Path) -> None:
         if not settings.unet:

@@ -45,14 +45,24 @@ class Encoded:
     regions: Regions | None = None
 
 
-def load_cases(cases: Sequence[Case]) -> list[Encoded]:
-    """Open latents and labels. Raises `UsageError` for a list without latents and for grids that do not match."""
+def load_cases(cases: Sequence[Case], *, labelled: bool = False) -> list[Encoded]:
+    """Open latents and labels; a case without a label is background, where not `labelled`.
+
+    Raises `UsageError` for a list without latents, grids that do not match, and latents of more than one VAE.
+    """
+    vaes = {case.vae_sha256 for case in cases if case.vae_sha256}
+    if len(vaes) > 1:
+        raise UsageError(f"the latents of the list are of {len(vaes)} VAEs", hint="encode all of them with one:  maisi data encode LIST")
     loaded = []
     for case in cases:
-        if case.latent is None or case.label is None or case.label.suffix != ".npy":
+        if case.latent is None or (case.label is not None and case.label.suffix != ".npy"):
             raise UsageError(f"case {case.id} has no latent", hint="make them:  maisi data encode LIST --out DIR")
-        latent, labels = np.load(case.latent, mmap_mode="r"), np.load(case.label, mmap_mode="r")
-        if tuple(4 * n for n in latent.shape[1:]) != labels.shape:
+        latent = np.load(case.latent, mmap_mode="r")
+        size = tuple(4 * n for n in latent.shape[1:])
+        if case.label is None and labelled:
+            raise UsageError(f"case {case.id} has no label", hint="a ControlNet is trained on labels: give each case one")
+        labels = np.load(case.label, mmap_mode="r") if case.label is not None else np.broadcast_to(np.uint8(0), size)
+        if size != labels.shape:
             raise UsageError(f"case {case.id}: labels {labels.shape} are not 4 times the latent {latent.shape[1:]}",
                              hint="encode the list again")  # fmt: skip
         loaded.append(Encoded(id=case.id, latent=latent, labels=labels, spacing_mm=case.spacing_mm, modality=modality(case.modality).id,
@@ -133,6 +143,8 @@ class DiffusionTask:
     """Regression of the velocity of a flow, or of DDPM's noise, on latents; modality is dropped now and then for guidance."""
 
     name = "unet"
+    labelled = False
+    """Whether every case must have labels."""
 
     def __init__(self, settings: TrainSettings, data: Path, *, network: str = "unet") -> None:
         self.settings = settings
@@ -143,7 +155,7 @@ class DiffusionTask:
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(self.spec.networks[network])
         training, held = split(read_list(data), settings.fold)
-        self.cases, self.held = load_cases(training), load_cases(held[:4])
+        self.cases, self.held = (load_cases(each, labelled=self.labelled) for each in (training, held[:4]))
         if self.takes_regions:
             require_regions([*self.cases, *self.held])
         self.scale = scale_factor(self.cases)
