@@ -258,7 +258,7 @@ def test_torchrun_and_the_flag_agree(folder: Path, two: tuple[Path, list[Event]]
         if value is not None:
             words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "maisi_cli", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maisi_cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "run" / "unet.safetensors")]  # the first process answers
