@@ -397,6 +397,7 @@ def test_recomputed_blocks_keep_their_input_alone(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_run_agrees_and_goes_on(folder: Path, tmp_path: Path) -> None:
     run(folder, "dm", tmp_path / "plain")
@@ -407,8 +408,13 @@ def test_a_compiled_run_agrees_and_goes_on(folder: Path, tmp_path: Path) -> None
     assert all(torch.allclose(value, fast[key], atol=1e-4) for key, value in plain.items())
 
 
+LATENT = {"latent_noise": 0.0}  # its deviation is that of each part of the batch
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("controlnet", {"train_unet": True, "label_dropout": 0.5})])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("vae", LATENT), ("dm", {}), ("controlnet", {}), ("controlnet", {"train_unet": True, "label_dropout": 0.5})]
+)
 def test_two_processes_train_as_one_for_each_trainer(folder: Path, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     run(folder, kind, tmp_path / "one", batch_size=2, **changes)
     table = overrides(folder, kind, **changes)

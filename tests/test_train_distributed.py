@@ -263,4 +263,5 @@ def test_torchrun_and_the_flag_agree(folder: Path, two: tuple[Path, list[Event]]
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "run" / "unet.safetensors")]  # the first process answers
     out, _ = two
-    assert [row["loss"] for row in rows(tmp_path / "run") if "loss" in row] == [row["loss"] for row in rows(out) if "loss" in row]
+    ours, theirs = ([row["loss"] for row in rows(each) if "loss" in row] for each in (tmp_path / "run", out))
+    assert ours == pytest.approx(theirs, rel=1e-6)  # the preset's time limit is part of the rate's progress
