@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from maisi_cli import cli
 from maisi_cli import train as training
 from maisi_cli.catalog import model as find_model
 from maisi_cli.errors import MaisiError, UsageError
@@ -347,14 +350,15 @@ def test_overfitting_takes_the_first_training_cases_alone(folder: Path) -> None:
     data = folder / "data"
     with only(data, 1) as chosen:
         for name in ("list.json", "latents.json"):
-            (case,) = read_list(chosen / name)
+            (case,), (held,) = split(read_list(chosen / name))
             assert case.id == read_list(data / name)[0].id
+            assert dataclasses.replace(held, id=case.id, fold=1) == case  # validation looks at what is learned
             for key in ("image", "label", "latent"):
                 path = getattr(case, key)
                 assert path is None or path.is_file()
     assert not chosen.exists()
     with only(data / "latents.json", 2) as chosen:
-        assert [case.id for case in read_list(chosen)] == [case.id for case in split(read_list(data / "latents.json"))[0]]
+        assert [case.id for case in split(read_list(chosen))[0]] == [case.id for case in split(read_list(data / "latents.json"))[0]]
     with only(data, None) as chosen:
         assert chosen == data
     with pytest.raises(UsageError, match="has 2 training cases, not 3"), only(data, 3):
@@ -394,6 +398,7 @@ def test_recomputed_blocks_keep_their_input_alone(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_run_agrees_and_goes_on(folder: Path, tmp_path: Path) -> None:
     run(folder, "dm", tmp_path / "plain")
@@ -404,8 +409,13 @@ def test_a_compiled_run_agrees_and_goes_on(folder: Path, tmp_path: Path) -> None
     assert all(torch.allclose(value, fast[key], atol=1e-4) for key, value in plain.items())
 
 
+LATENT = {"latent_noise": 0.0}  # its deviation is that of each part of the batch
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("controlnet", {"train_unet": True, "label_dropout": 0.5})])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("vae", LATENT), ("dm", {}), ("controlnet", {}), ("controlnet", {"train_unet": True, "label_dropout": 0.5})]
+)
 def test_two_processes_train_as_one_for_each_trainer(folder: Path, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
     run(folder, kind, tmp_path / "one", batch_size=2, **changes)
     table = overrides(folder, kind, **changes)
@@ -540,6 +550,24 @@ def test_a_preset_of_another_training_is_refused() -> None:
         settings_from("dm", "nano-vae")
     with pytest.raises(UsageError, match="unet"):
         TrainSettings(kind="unet")
+
+
+def test_the_page_on_training_names_settings_and_options_there_are() -> None:
+    page = (PRESETS.parents[1] / "docs" / "training.md").read_text("utf-8")
+    table = page.partition("| Setting |")[2].partition("## Going on")[0]
+    rows = [row for row in re.findall(r"^\| (.*?) \| (.*?) \|", table, flags=re.M) if row[0].startswith("`")]
+    named = [(name, default) for names, defaults in rows
+             for name, default in zip(re.findall(r"`(\w+)`", names), re.split(r", (?![\d.]+\])", defaults), strict=True)]  # fmt: skip
+    settings = TrainSettings(kind="vae")
+    assert len(named) > 20
+    for name, default in named:
+        value = getattr(settings, name)
+        shown = "none" if value is None else json.dumps(list(value) if isinstance(value, tuple) else value).strip('"')
+        assert default == shown or float(default) == value, name
+    command = typer.main.get_command(cli.build()).commands["train"].commands["controlnet"]  # type: ignore[attr-defined]
+    options = {flag for each in command.params for flag in each.opts} | {"--help"}
+    of_launchers = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--use_fsdp", "--fsdp_version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", page)) - options - of_launchers == set()
 
 
 def test_settings_need_no_torch() -> None:

@@ -258,9 +258,10 @@ def test_torchrun_and_the_flag_agree(folder: Path, two: tuple[Path, list[Event]]
         if value is not None:
             words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "maisi_cli", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maisi_cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "run" / "unet.safetensors")]  # the first process answers
     out, _ = two
-    assert [row["loss"] for row in rows(tmp_path / "run") if "loss" in row] == [row["loss"] for row in rows(out) if "loss" in row]
+    ours, theirs = ([row["loss"] for row in rows(each) if "loss" in row] for each in (tmp_path / "run", out))
+    assert ours == pytest.approx(theirs, rel=1e-6)  # the preset's time limit is part of the rate's progress

@@ -47,7 +47,7 @@ def _train_here(*, data: Path, settings: TrainSettings, out: Path, resume: str |
     tasks: dict[str, Callable[[TrainSettings, Path], Task]] = {"vae": vae.task, "dm": diffusion.task, "controlnet": controlnet.task}
     # a task draws the batch of all processes; each of them keeps its part
     together = dataclasses.replace(settings, batch_size=settings.batch_size * processes())
-    with only(data, settings.overfit) as chosen:
+    with only(data, settings.overfit, held_out=getattr(settings, "fold", 0)) as chosen:
         hashes = data_hashes(settings.kind, chosen)
         task = tasks[settings.kind](together, chosen)
     return run(task, settings, out, resume=resume, force=force, on_event=on_event, data_hashes=hashes)

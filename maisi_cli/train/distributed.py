@@ -38,8 +38,9 @@ def accelerated(settings: TrainSettings) -> Iterator[tuple[Accelerator, Team]]:
     for state in (AcceleratorState, GradientState, PartialState):  # what an earlier run of this process chose
         state._reset_state()
     already = distributed.is_initialized()
+    # on a processor gradients keep memory of their own: as views of buckets their norm would depend on where a run was resumed
     together = DistributedDataParallelKwargs(
-        find_unused_parameters=settings.train_unet, broadcast_buffers=False, gradient_as_bucket_view=True
+        find_unused_parameters=settings.train_unet, gradient_as_bucket_view=device.type != "cpu"
     )  # fmt: skip
     accelerator = Accelerator(
         mixed_precision="no" if settings.precision == "fp32" else settings.precision, cpu=device.type == "cpu",

@@ -221,6 +221,8 @@ class _Training:
                     loss, parts = task.loss(self.prepared, batch)
                 accelerator.backward(loss / settings.accumulate)
             _add(figures, {"loss": loss, **parts}, settings.accumulate)
+        if learner.opponent is not None:
+            learner.opponent_optimiser.zero_grad(set_to_none=True)  # what the network's own loss left there is not its to learn
         norm = accelerator.clip_grad_norm_(learner.network.parameters(), settings.clip_norm)
         size = float(whole(norm)) if norm is not None else 0.0
         figures = self._mean(figures)
@@ -255,7 +257,6 @@ class _Training:
         assert learner.opponent is not None
         _set_rate(learner.opponent_optimiser, rate / settings.lr * getattr(settings, "adversarial_lr", settings.lr))
         learner.opponent.train()
-        learner.opponent_optimiser.zero_grad(set_to_none=True)  # what the network's own loss left there
         with noise, accelerator.autocast():
             loss, parts = self.task.opponent_loss(self.opponent, batch)  # type: ignore[attr-defined]
         accelerator.backward(loss)
