@@ -123,7 +123,7 @@ class Maker:
 
 def run(
     folder: Path, out: Path, *, samplers: Sequence[str], evaluations: Sequence[int], model: str = "nano-ct", device: str = "auto",
-    dtype: str = "auto", resamples: int = 60, exact_steps: int = EXACT_STEPS, say: Callable[[str], None] = print,
+    dtype: str = "auto", resamples: int = 60, exact_steps: int | None = None, say: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Append a line to `out` for each sampler and number of evaluations that it does not have."""
     extractor, profile = open_extractor(), find_profile("ct")
@@ -138,7 +138,8 @@ def run(
     done = started(out, head)
     if "rendered" not in {line["sampler"] for line in done}:
         append(out, {"sampler": "rendered", **fid(held_out, same, resamples)})
-    exact = maker.latents(sampling.heun, exact_steps) if exact_steps else None
+    wanted_exact = EXACT_STEPS if exact_steps is None else exact_steps
+    exact = maker.latents(sampling.heun, wanted_exact) if wanted_exact else None
     for wanted in sorted(evaluations, reverse=True):
         for name in samplers:
             sampler = plugins().registry("samplers").get(name)
@@ -317,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     second.add_argument("--device", default="auto")
     second.add_argument("--dtype", default="auto")
     second.add_argument("--resamples", type=int, default=60, help="of the interval")
-    second.add_argument("--exact-steps", type=int, default=EXACT_STEPS, help="of the path to measure from; 0: not measured")
+    second.add_argument("--exact-steps", type=int, help="of the path to measure from, 100 of heun; 0: not measured")
     third = doing.add_parser("plot", help="draw the lines as SVG, and print them as a Markdown table")
     third.add_argument("lines", type=Path)
     third.add_argument("--out", type=Path, required=True, metavar="FILE.svg")
