@@ -141,7 +141,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     tiny_model(folder / "nano")
     (folder / "nano" / "tiny.toml").write_text(TINY.replace('name = "tiny"', 'name = "nano-ct"'))
-    make_phantoms(folder / "phantoms", 2, size=32, workers=1)
+    make_phantoms(folder / "phantoms", 3, size=32, workers=1)
     make_phantoms(folder / "real", 5, size=32, workers=1)
     encode(folder / "phantoms", folder / "nano" / "vae.safetensors", out=folder / "latents", model=str(folder / "nano" / "tiny.toml"))
     write_embeddings(folder / "embeddings", folder / "latents")
