@@ -191,6 +191,10 @@ def pretend_installed(name: str) -> None:
         spec.weight_path(weight).touch()
 
 
+TELLING = {"--dry-run", "-n", "--eval-only"}
+"""Options with which a command prints what it found, not the files that it made."""
+
+
 @pytest.mark.parametrize("path", [path for path in COMMANDS if path.split()[0] not in RUN_ELSEWHERE])
 def test_the_examples_of_the_help_run(path: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for made in re.findall(r"--out (\S+)", "\n".join(examples(path))):  # what is there is the result of this very command

@@ -151,8 +151,8 @@ class Evaluation:
                 return float(np.mean(values)) if values else None
 
             psnr = float(np.mean([-10 * math.log10(max(case.figures["squared"], 1e-20)) for case in mine]))
-            found.append({"modality": modality, "images": len(mine), "perceptual": mean("perceptual"), "ssim": mean("ssim"),
-                          "ms_ssim": mean("ms_ssim"), "psnr_db": psnr, "soft_mae_hu": mean("soft_mae_hu"), "latent_std": mean("latent_std")})  # fmt: skip
+            names = ("perceptual", "ssim", "ms_ssim", "soft_mae_hu", "latent_std")
+            found.append({"modality": modality, "images": len(mine), "psnr_db": psnr, **{name: mean(name) for name in names}})
         return found
 
     def organs(self) -> list[dict[str, Any]]:

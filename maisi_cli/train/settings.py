@@ -117,6 +117,10 @@ class TrainSettings:
             raise UsageError("train.spacing_type is fixed, and train.spacing is not three lengths in mm", hint="such as [1.5, 1.5, 2.0]")
         if self.spacing_type == "rand_zoom" and not self.random_aug:
             raise UsageError("train.spacing_type rand_zoom is a random change", hint="set train.random_aug to true")
+        if self.adversarial_weight > 0 and any(min(crop) < 32 for crop in self.crops):
+            raise UsageError(
+                "the discriminator looks at patches of 32 voxels along each axis, or more", hint="set train.crops, such as [[64,64,64]]"
+            )
         for name in ("perceptual_weight", "adversarial_weight", "select_channel"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} is {getattr(self, name)}", hint="use 0, or more")
