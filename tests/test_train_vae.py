@@ -259,7 +259,8 @@ def test_settings_that_cannot_be_are_refused(folder: Path, changes: dict[str, An
 def test_all_losses_train_together_and_go_on_bit_equal(folder: Path, tmp_path: Path) -> None:
     changes = {"train.model": settings_of(folder).model, "train.crops": [[32, 32, 32]], "train.batch_size": 1, "train.max_minutes": None,
                "train.perceptual_weight": 0.3, "train.adversarial_weight": 0.1, "train.adversarial_channels": 4, "train.precision": "no",
-               "train.random_aug": True, "train.spacing_type": "rand_zoom", "train.validate_every": 100, "train.schedule": "constant"}  # fmt: skip
+               "train.random_aug": True, "train.spacing_type": "rand_zoom",
+               "train.validate_every": 100, "train.schedule": "constant"}  # fmt: skip
     whole = train("vae", data=folder / "data", out=tmp_path / "whole", overrides={**changes, "train.steps": 4})
     train("vae", data=folder / "data", out=tmp_path / "parts", overrides={**changes, "train.steps": 2})
     parts = train("vae", data=folder / "data", out=tmp_path / "parts", overrides={**changes, "train.steps": 4}, resume="auto")
