@@ -32,7 +32,7 @@ import numpy as np
 
 MODEL = "rflow-ct"
 QUICK = ("96x64x64", "128x128x64")
-GROUPS = ("decode", "denoise", "write", "fid")
+GROUPS = ("decode", "denoise", "train", "latents", "write", "fid")
 HEADER = "| path | seconds | times faster | peak GiB | times less | max difference | mean |"
 Call = Callable[[], Any]
 
@@ -67,6 +67,14 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
             if asked.device == "cpu":
                 yield Case(group="denoise", side="MONAI, autocast", **common)
             yield Case(group="denoise", side="maisi", **common)
+    if "train" in asked.groups:
+        size = (48, 48, 32) if asked.quick else (64, 64, 64)
+        for side in ("MONAI, fp32", "MONAI, autocast", "maisi, autocast"):
+            yield Case(group="train", side=side, size=size, device=asked.device, rounds=asked.rounds)
+    if "latents" in asked.groups:
+        size = (256, 256, 128) if asked.quick else (512, 512, 512)
+        for side in ("nibabel, float32 .nii.gz", "maisi, float16 .npy"):
+            yield Case(group="latents", side=side, size=size, device="cpu", rounds=5)
     if "write" in asked.groups:
         size = (256, 256, 256) if asked.quick else (512, 512, 512)
         for side in ("nibabel, float32", "maisi, int16"):
@@ -118,7 +126,14 @@ def measured(case: Case, kept: Path) -> dict[str, Any]:
         from maisi_cli import inference
 
         inference.free_at_once()
-    run = {"decode": decoding_call, "denoise": denoising_call, "write": writing_call, "fid": fid_call}[case.group](case)
+    run = {
+        "decode": decoding_call,
+        "denoise": denoising_call,
+        "train": training_call,
+        "latents": latents_call,
+        "write": writing_call,
+        "fid": fid_call,
+    }[case.group](case)
     if case.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -272,6 +287,47 @@ def denoising_call(case: Case) -> Call:
 
     run()
     return run
+
+
+def training_call(case: Case) -> Call:
+    """Return what makes a training step of the autoencoder, forward and backward: reconstruction and KL, no optimiser."""
+    import torch
+    from maisi_cli import networks
+    from maisi_cli.catalog import model
+    from maisi_cli.train.losses import distance, kl_divergence
+
+    device = torch.device(case.device)
+    torch.manual_seed(0)
+    vae = networks.build(model(MODEL).networks["vae"], fast=case.side.startswith("maisi")).to(device)
+    image = torch.rand(1, 1, *case.size, generator=torch.Generator().manual_seed(1)).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled="autocast" in case.side)
+
+    def run() -> Any:
+        vae.zero_grad(set_to_none=True)
+        torch.manual_seed(2)
+        with autocast:
+            made, mean, sigma = vae(image)
+            loss = distance(made, image, "l1") + 1e-7 * kl_divergence(mean, sigma)
+        loss.backward()
+        return float(loss.detach())
+
+    run()
+    return run
+
+
+def latents_call(case: Case) -> Call:
+    """Return what loads the latent of a volume, as float32 from gzip with channels last, or mapped from disk as float16."""
+    rng = np.random.default_rng(0)
+    size = [n // 4 for n in case.size]
+    latent = rng.normal(0, 1, (4, *size)).astype(np.float32)
+    folder = Path(tempfile.mkdtemp())
+    if case.side.startswith("nibabel"):
+        import nibabel
+
+        nibabel.save(nibabel.Nifti1Image(np.moveaxis(latent, 0, -1), np.eye(4)), folder / "latent_emb.nii.gz")
+        return lambda: np.moveaxis(np.asarray(nibabel.load(folder / "latent_emb.nii.gz").dataobj, np.float32), -1, 0)
+    np.save(folder / "latent.npy", latent.astype(np.float16))
+    return lambda: np.array(np.load(folder / "latent.npy", mmap_mode="r"))
 
 
 def writing_call(case: Case) -> Call:
