@@ -1,4 +1,4 @@
-"""`maisi train vae|dm|controlnet`."""
+"""`maisi train vae|dm|controlnet|mask-vae|mask-dm`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ Data = Annotated[Path, typer.Option("--data", metavar="LIST|DIR", help="Data lis
 TrainOut = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for weights, state and log.")]
 Preset = Annotated[
     str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: nano-KIND]", show_default=False)
+]
+MaskPreset = Annotated[
+    str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: KIND]", show_default=False)
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any train.* setting, as TOML; may be repeated.", show_default=False)
@@ -58,7 +61,7 @@ Overfit = Annotated[
     ),
 ]
 
-train_app = typer.Typer(help="Train the VAE, the diffusion model and the ControlNet.", no_args_is_help=True)
+train_app = typer.Typer(help="Train the VAE, the diffusion model, the ControlNet and the mask generator.", no_args_is_help=True)
 
 
 @train_app.command("vae", epilog=examples(
@@ -106,6 +109,34 @@ def controlnet(
 ) -> None:  # fmt: skip
     """Train the ControlNet that makes a frozen diffusion model follow masks."""
     _train("controlnet", data, out, preset, {"init": init, "unet": unet}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
+
+
+@train_app.command("mask-vae", epilog=examples(
+    "maisi train mask-vae --data phantoms/ --out runs/mask-vae --preset mask-vae --set train.steps=2",
+    "maisi train mask-vae --data phantoms/ --out runs/mask-vae --set train.steps=4 --resume auto"))  # fmt: skip
+def mask_vae(
+    data: Data, out: TrainOut, preset: MaskPreset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the autoencoder of label maps, the first half of an anatomy generator."""
+    _train("mask-vae", data, out, preset, {"init": init}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
+
+
+@train_app.command("mask-dm", epilog=examples(
+    "maisi train mask-dm --data phantoms/ --vae runs/mask-vae/mask_vae.safetensors --out runs/mask-dm --set train.steps=2",
+    "maisi train mask-dm --data phantoms/ --vae runs/mask-vae/mask_vae.safetensors --out runs/mask-dm --set train.steps=4 --resume auto"))  # fmt: skip
+def mask_dm(
+    data: Data, out: TrainOut,
+    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Weights of the mask autoencoder.", show_default=False)] = None,
+    preset: MaskPreset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the diffusion model of label maps, which is told how large ten organs and tumours are."""
+    _train("mask-dm", data, out, preset, {"init": init, "vae": vae}, set_, resume, force, as_json, gpus,
            {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UsageError, unknown
 
-KINDS = ("vae", "dm", "controlnet")
+KINDS = ("vae", "dm", "controlnet", "mask-vae", "mask-dm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,8 @@ class TrainSettings:
     contrastive_delta: float = 2.0
     replay: str | None = None
     replay_share: float = 0.3
+    # the mask generator
+    size_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -105,6 +107,8 @@ class TrainSettings:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
         self._check_vae()
+        if not 0 <= self.size_dropout <= 1:
+            raise UsageError(f"train.size_dropout is {self.size_dropout}", hint="it must be between 0 and 1")
         if self.time_shift <= 0:
             raise UsageError(f"train.time_shift is {self.time_shift}", hint="it must be larger than 0")
         if self.latent_noise < 0:
