@@ -20,7 +20,8 @@ from .registry import Entry
 KINDS = ("autoencoder_kl_maisi", "unet_maisi", "controlnet_maisi", "unet", "slice_net", "resnet50", "squeezenet1_1")
 PARTS = ("vae", "unet", "controlnet", "mask_vae", "mask_unet", "features")
 MODES = ("paired", "image", "mask")
-SCHEDULER_KEYS = ("name", "num_train_timesteps", "base_voxels", "beta_start", "beta_end", "schedule", "clip_sample", "latent_size")
+SCHEDULER_KEYS = ("name", "num_train_timesteps", "base_voxels", "beta_start", "beta_end", "schedule", "clip_sample", "latent_size",
+                  "voxel_mm")  # fmt: skip
 SCHEDULER_VALUES = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0015,

@@ -171,7 +171,11 @@ def test_networks_have_the_arguments_of_the_released_configurations(name):
         assert kinds == {"vae": "autoencoder_kl_maisi", "unet": "unet_maisi", "controlnet": "controlnet_maisi",
                          "mask_vae": "autoencoder_kl_maisi", "mask_unet": "unet"}  # fmt: skip
     else:
-        assert kinds == {"vae": "autoencoder_kl_maisi", "unet": "unet_maisi"}
+        assert kinds == {"vae": "autoencoder_kl_maisi", "unet": "unet_maisi",
+                         **({"controlnet": "controlnet_maisi"} if name == "rflow-mr" else {})}  # fmt: skip
+        if name == "rflow-mr":  # described in the reference's configuration, never released
+            assert networks["controlnet"].arguments == {**TRUNK, **own, **CONDITION}
+            assert not any(weight.part == "controlnet" for weight in model(name).weights)
 
 
 @pytest.mark.parametrize("name", RELEASED)

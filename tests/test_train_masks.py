@@ -85,12 +85,12 @@ def test_channels_are_what_the_decoder_gives_and_what_has_none_is_body() -> None
 def test_a_body_is_put_on_the_cube_and_measured(folder: Path) -> None:
     spec = find_model(str(folder / "model" / "tiny.toml"))
     cases = read_list(folder / "data")
-    found = bodies.read_bodies(cases, spec)
+    found = list(bodies.read_bodies(cases, spec))
     assert all(body.labels.shape == (32, 32, 32) for body in found)
     volumes = [np.count_nonzero(body.labels == maisi().id("liver")) * 1.5**3 / 1000 for body in found]
     assert [body.volumes_ml[LIVER] for body in found] == pytest.approx(volumes)
-    largest = bodies.largest_of(found)
-    vectors = bodies.vectors(found, largest)
+    largest = bodies.largest_of(body.volumes_ml for body in found)
+    vectors = bodies.vectors([body.volumes_ml for body in found], largest)
     assert max(vector[LIVER] for vector in vectors) == 1 or largest[LIVER] == 0
     assert all(vector[SLOTS.index("bone lesion")] == ABSENT for vector in vectors)
     assert all(value == ABSENT or 0 < value <= 1 for vector in vectors for value in vector)

@@ -23,7 +23,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
        for name, batch in (("ddpm-ct", 1), ("rflow-ct", 2), ("rflow-mr", 1), ("rflow-mr-brain", 1))},
     **{f"controlnet-{name}": {"lr": 1e-5, "batch_size": 1, "loss": "l1", "schedule": "polynomial", "optimiser": "adamw",
                               "weight_decay": 0.01, "weighted_loss": 100.0, "whole_share": 1.0, "train_unet": False}
-       for name in ("ddpm-ct", "rflow-ct")},
+       for name in ("ddpm-ct", "rflow-ct", "rflow-mr")},
 }  # fmt: skip
 PUBLISHED["controlnet-rflow-ct"] |= {"weighted_labels": ("lung tumor",), "contrastive_weight": 0.01, "contrastive_delta": 2.0}
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..networks import Loaded, Networks
     from .sizes import Vector
 
-VOXEL_MM = 1.5  # of generated masks
+VOXEL_MM = 1.5  # of masks of the released networks
 LATENT = 64  # voxels along each side of the latent of the released networks, which makes a cube of 384 mm
 TRIES = 4  # masks that are made for one sample before it is given up
 
@@ -68,6 +68,8 @@ class Diffusion:
         self.present = anatomy_sizes.slots_of(self.wanted.organs)
         anatomy_sizes.condition(self.vectors, self._told(None), present=self.present)  # refuses here what no patient has
         self.latent = tuple(int(n) for n in spec.mask_scheduler.get("latent_size", (LATENT,) * 3))
+        self.channels = int(spec.networks["mask_unet"].arguments["in_channels"])
+        self.voxel_mm = voxel_mm(spec)
         self._loaded = loaded
         self._networks: Networks | None = None
         self._engines: Engines | None = None
@@ -133,7 +135,7 @@ class Diffusion:
         from . import denoising
 
         nets = self._load(on_event)
-        noise = sampling.initial_noise((1, self.spec.latent_channels, *self.latent), seed)
+        noise = sampling.initial_noise((1, self.channels, *self.latent), seed)
         generator = torch.Generator().manual_seed(derive(seed, 0, 0, "mask steps"))
         on_event(Stage(name="mask", detail=f"ddpm, {self.steps} steps, {nets.device}, {nets.precision.name}"))
 
@@ -146,7 +148,7 @@ class Diffusion:
         sweeps = planning.mask_sweeps(self.spec, self.dtype, devices.device_of(self.device))
         channels = denoising.decode(nets, latent, sweeps=sweeps)
         array = repair(denoising.to_labels(channels), tumor=tumor, compat=self.compat)
-        return Mask(array=array, geometry=Geometry(size=array.shape, spacing=(VOXEL_MM,) * 3))  # type: ignore[arg-type]
+        return Mask(array=array, geometry=Geometry(size=array.shape, spacing=(self.voxel_mm,) * 3))  # type: ignore[arg-type]
 
     def _load(self, on_event: OnEvent) -> Networks:
         from .. import networks, weights
@@ -171,6 +173,11 @@ class Diffusion:
         made = self._engines.fitted(nets, {"mask_unet": self.latent}, weights.locate(self.spec, MASK_PARTS), wish(self.engine, self.trt))
         self.ran = making.recorded(made, ("mask_unet",))
         return made
+
+
+def voxel_mm(spec: ModelSpec) -> float:
+    """Return the spacing of the masks that a model generates: `mask_scheduler.voxel_mm` of its file, or that of the released networks."""
+    return float(spec.mask_scheduler.get("voxel_mm", VOXEL_MM))
 
 
 def _vectors_file(spec: ModelSpec) -> Path:

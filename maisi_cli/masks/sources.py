@@ -170,8 +170,9 @@ def choose(settings: GenerateSettings, spec: ModelSpec | None = None) -> tuple[s
 
 
 def has_masks(spec: ModelSpec) -> bool:
-    """Say whether a model comes with a mask database or with mask networks."""
-    return data_file(spec, INDEX) is not None or all(part in spec.networks for part in MASK_PARTS)
+    """Say whether a model comes with a mask database or with weights of mask networks."""
+    listed = {weight.part for weight in spec.weights}
+    return data_file(spec, INDEX) is not None or all(part in spec.networks and part in listed for part in MASK_PARTS)
 
 
 def database_installed(spec: ModelSpec) -> bool:
@@ -189,7 +190,8 @@ def require_parts(spec: ModelSpec, parts: Collection[str]) -> None:
     for part in parts:
         weight = next((weight for weight in spec.weights if weight.part == part), None)
         if weight is None:
-            raise UsageError(f"model {spec.name} lists no weights for its {part}", hint=f"see  maisi models show {spec.name}")
+            raise UsageError(f"model {spec.name} lists no weights for its {part}",
+                             hint="train them:  maisi train mask-vae, then mask-dm, which writes a model file")  # fmt: skip
         if not spec.weight_path(weight).is_file():
             raise CannotRun(f"the mask networks of {spec.name} are not installed: {spec.weight_path(weight)} is missing",
                             hint=f"maisi models pull {spec.name}")  # fmt: skip

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..events import OnEvent, Saved, ignore
+from ..files import refuse_overwriting
 from ..record import sha256_of
-from .launcher import launch, processes, processes_wanted
+from .launcher import is_first, launch, processes, processes_wanted
 from .overfit import only
 from .settings import KINDS, TrainSettings, settings_from
 
@@ -58,9 +59,12 @@ def _train_here(*, data: Path, settings: TrainSettings, out: Path, resume: str |
     with only(data, settings.overfit, held_out=getattr(settings, "fold", 0)) as chosen:
         hashes = data_hashes(settings.kind, chosen)
         task = tasks[settings.kind](together, chosen)
+    masks = task if isinstance(task, mask_dm.MaskDiffusionTask) and is_first() else None
+    for path in masks.beside(out) if masks and resume is None else ():
+        refuse_overwriting(path, force=force)
     made = run(task, settings, out, resume=resume, force=force, on_event=on_event, data_hashes=hashes)
-    if isinstance(task, mask_dm.MaskDiffusionTask):
-        on_event(Saved(path=task.write_beside(out), kind="sizes"))
+    for path in masks.write_beside(out) if masks else ():
+        on_event(Saved(path=path, kind="sizes" if path.suffix == ".json" else "model"))
     return made
 
 

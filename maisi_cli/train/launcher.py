@@ -30,6 +30,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1") or 1)
 
 
+def is_first() -> bool:
+    """Say whether this process writes for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def processes_wanted(gpus: int | str, device: str) -> int:
     """Return the number of processes for `auto` (one for each GPU) or a number; without CUDA they run on the processor."""
     if processes() > 1:

@@ -1,37 +1,46 @@
 """`train mask-dm`: the diffusion model of label maps, told ten anatomy sizes (DDPM, Ho et al. 2020).
 
 Beside the weights it writes `all_anatomy_size_conditions.json`, the sizes of the bodies that it was trained on, from which
-`generate` completes what the user names.
+`generate` completes what the user names, and `model.toml`, a model file of it all.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import streaming
 from ..catalog import model as find_model
 from ..errors import UsageError
 from ..files import write_atomic
-from ..masks.sizes import ABSENT, FILE
+from ..masks.sizes import ABSENT, FILE, SLOTS
 from ..networks import binarise, build, fitting
 from ..weights import load_state
-from . import bodies
+from . import bodies, mask_model
 from .diffusion import VALIDATED, diffuse, start_from
 from .lists import data_hashes, read_list, split
 from .losses import distance
 from .settings import TrainSettings
 
 HELD = 4
+LARGEST = "largest_ml"
+"""The key of an exported file for the volumes that the sizes are shares of."""
+
+Latent = NDArray[np.float16]
 
 
 class MaskDiffusionTask:
-    """Regression of the noise in the latents of bodies; a share `size_dropout` of the sizes is told as absent."""
+    """Regression of the noise in the latents of bodies; a share `size_dropout` of the sizes is told as absent.
+
+    The bodies are encoded once the device is known (`to`), and only their latents stay.
+    """
 
     name = "mask_unet"
     parts = ("mask_unet",)
@@ -40,31 +49,51 @@ class MaskDiffusionTask:
         if not settings.vae:
             raise UsageError("train mask-dm needs the mask autoencoder's weights", hint="add --vae FILE")
         self.settings = settings
-        spec = find_model(settings.model)
-        bodies.cube(spec)
+        self.spec = find_model(settings.model)
+        bodies.cube(self.spec)
         torch.manual_seed(settings.seed)
-        self.network: nn.Module = build(spec.networks["mask_unet"])
+        self.network: nn.Module = build(self.spec.networks["mask_unet"])
         path = Path(settings.vae)
-        vae, state = build(spec.networks["mask_vae"]), load_state(path)
+        vae, state = build(self.spec.networks["mask_vae"]), load_state(path)
         vae.load_state_dict({key: value.float() for key, value in fitting(vae, state.tensors, path).items()})
+        self.vae: nn.Module | None = vae.requires_grad_(False).eval()
         training, held = split(read_list(data), settings.fold)
         self.data_hashes = {**data_hashes(data, [*training, *held]), "mask vae": state.sha256}
-        seen, unseen = bodies.read_bodies(training, spec), bodies.read_bodies(held[:HELD], spec)
-        self.largest = bodies.largest_of(seen)
-        self.vectors, self.held_vectors = bodies.vectors(seen, self.largest), bodies.vectors(unseen, self.largest)
-        self.ids = [body.id for body in seen]
-        self.latents, self.held = ([encoded(vae, body) for body in group] for group in (seen, unseen))
-        everything = np.stack(self.latents).astype(np.float64)
-        self.scale = float(1 / everything.std())
-        self.notes = [f"scale factor {self.scale:.4f} over {len(self.latents)} bodies"]
+        self.ids, self.held_ids = [case.id for case in training], [case.id for case in held[:HELD]]
+        self.packed = list(bodies.read_bodies([*training, *held[:HELD]], self.spec))
+        volumes = [body.volumes_ml for body in self.packed]
+        seen, unseen = volumes[: len(training)], volumes[len(training) :]
+        self.notes = bodies.told_of_lost(self.packed)
+        self.scale, self.largest = 0.0, bodies.largest_of(seen)
         if settings.init:
-            init = Path(settings.init)
-            state = load_state(init)
-            self.notes += start_from(self.network, state.tensors, init, partial=settings.init_partial)
-            self.scale = state.scale_factor or self.scale
+            self._start_from(Path(settings.init))
+        self.vectors, self.held_vectors = bodies.vectors(seen, self.largest), bodies.vectors(unseen, self.largest)
+        self.latents: list[Latent] = []
+        self.held: list[Latent] = []
+
+    def _start_from(self, init: Path) -> None:
+        """Take over weights, and the scales with which they were trained: of latents and, where the file tells them, of sizes."""
+        state = load_state(init)
+        self.notes += start_from(self.network, state.tensors, init, partial=self.settings.init_partial)
+        self.scale = state.scale_factor or 0.0
+        known = largest_in(init)
+        if known:
+            self.largest = known
+        else:
+            self.notes.append(f"{init} does not tell what its sizes are shares of: they are of these bodies' largest")
 
     def to(self, device: torch.device) -> None:
-        """Nothing frozen to move."""
+        """Encode the bodies."""
+        if self.vae is None:
+            return
+        vae = self.vae.to(device)
+        latents = [encoded(vae, body, device) for body in self.packed]
+        self.latents, self.held = latents[: len(self.ids)], latents[len(self.ids) :]
+        self.vae, self.packed = None, []
+        kept = "as in the weights it starts from"
+        if not self.scale:
+            self.scale, kept = scale_factor(self.latents), f"over {len(self.latents)} bodies"
+        self.notes.append(f"scale factor {self.scale:.4f} {kept}")
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Draw whole bodies with their sizes."""
@@ -77,7 +106,7 @@ class MaskDiffusionTask:
             "ids": [self.ids[k] for k in chosen],
         }
 
-    def _scaled(self, latents: list[np.ndarray]) -> Tensor:
+    def _scaled(self, latents: Sequence[Latent]) -> Tensor:
         return torch.from_numpy(np.stack(latents).astype(np.float32)) * self.scale
 
     def loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -112,21 +141,52 @@ class MaskDiffusionTask:
 
     def metadata(self, part: str) -> dict[str, str]:
         """Name the part, its latent scale, and the volumes in ml that the sizes are shares of."""
-        return {"part": part, "scale_factor": repr(self.scale), "largest_ml": json.dumps([round(ml, 3) for ml in self.largest])}
+        return {"part": part, "scale_factor": repr(self.scale), LARGEST: json.dumps([round(ml, 3) for ml in self.largest])}
 
-    def write_beside(self, folder: Path) -> Path:
-        """Write the sizes of the bodies, as `generate` reads them."""
-        path = folder / FILE
-        write_atomic(path, json.dumps([{"organ_size": list(vector)} for vector in self.vectors], indent=1).encode())
-        return path
+    @staticmethod
+    def beside(folder: Path) -> tuple[Path, Path]:
+        """Return the files that `write_beside` writes: sizes, and model file."""
+        return folder / FILE, folder / mask_model.NAME
+
+    def write_beside(self, folder: Path) -> tuple[Path, Path]:
+        """Write the sizes of the bodies, as `generate` reads them, and a model file of the networks that were trained."""
+        sizes, model = self.beside(folder)
+        write_atomic(sizes, json.dumps([{"organ_size": list(vector)} for vector in self.vectors], indent=1).encode())
+        assert self.settings.vae is not None
+        mask_model.write(model, self.spec, {"mask_vae": Path(self.settings.vae), "mask_unet": folder / "mask_unet.safetensors", "data": sizes})
+        return sizes, model
 
 
-@torch.no_grad()
-def encoded(vae: Any, body: bodies.Body) -> np.ndarray:
-    """Return the mean of a body's latent, (4, x, y, z) float16."""
-    vae.eval()
-    mean, _ = vae.encode(binarise(torch.from_numpy(body.labels)[None, None]))
-    found: np.ndarray = mean[0].to(torch.float16).numpy()
+def encoded(vae: Any, body: bodies.Body, device: torch.device) -> Latent:
+    """Return the mean of a body's latent, (4, x, y, z) float16, slab by slab."""
+    mean = streaming.encoded(vae, binarise(torch.from_numpy(body.labels)[None, None].to(device)))
+    found: Latent = mean[0].to(torch.float16).cpu().numpy()
+    return found
+
+
+def scale_factor(latents: Iterable[Latent]) -> float:
+    """Return 1 / standard deviation over all latents."""
+    each = [(x.size, float(x.sum(dtype=np.float64)), float(np.square(x.astype(np.float64)).sum())) for x in latents]
+    count, total, squares = (sum(column) for column in zip(*each, strict=True))
+    return float(1 / np.sqrt(squares / count - (total / count) ** 2))
+
+
+def largest_in(path: Path) -> tuple[float, ...] | None:
+    """Return the volumes in ml that the sizes of exported weights are shares of; None for a file that does not tell."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(LARGEST)
+    if text is None:
+        return None
+    try:
+        found = tuple(float(ml) for ml in json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} tells {LARGEST} that are no numbers", hint="use weights that  maisi train mask-dm  wrote") from error
+    if len(found) != len(SLOTS):
+        raise UsageError(f"{path} tells {len(found)} {LARGEST}, not {len(SLOTS)}", hint="use weights that  maisi train mask-dm  wrote")
     return found
 
 

@@ -6,19 +6,23 @@ It sees the eight bits of a label and gives the channels of all (reference.md 1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import streaming
 from ..anatomy import maisi, remap_table
 from ..catalog import model as find_model
+from ..errors import UsageError
 from ..networks import binarise, build
 from ..weights import load_state
-from .bodies import channel_table, cube, read_bodies
+from .bodies import Body, channel_table, channel_weights, cube, read_bodies, told_of_lost
 from .diffusion import start_from
 from .lists import data_hashes, read_list, split
 from .losses import kl_divergence
@@ -28,7 +32,10 @@ HELD = 4
 
 
 class MaskVaeTask:
-    """Patches of label maps to themselves. Nothing is flipped: left is not right."""
+    """Patches of label maps to themselves. Nothing is flipped: left is not right.
+
+    After a validation `dice` holds the mean Dice of each label of the held-out bodies, by name.
+    """
 
     name = "mask_vae"
     parts = ("mask_vae",)
@@ -38,38 +45,33 @@ class MaskVaeTask:
 
         self.settings = settings
         spec = find_model(settings.model)
-        cube(spec)
+        _check_crops(settings.crops, cube(spec).size)
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(spec.networks["mask_vae"])
-        self.channels = int(spec.networks["mask_vae"].arguments["out_channels"])
         self.notes: list[str] = []
         if settings.init:
             path = Path(settings.init)
             self.notes += start_from(self.network, load_state(path).tensors, path, partial=settings.init_partial)
         training, held = split(read_list(data), settings.fold)
         self.data_hashes = data_hashes(data, [*training, *held])
-        self.bodies, self.held = read_bodies(training, spec), read_bodies(held[:HELD], spec)
-        self.table = torch.from_numpy(channel_table()).long().clamp(max=self.channels - 1)
-        self.dice_and_entropy = DiceCELoss(to_onehot_y=True, softmax=True, include_background=True)
+        self.bodies, self.held = list(read_bodies(training, spec)), list(read_bodies(held[:HELD], spec))
+        self.notes += told_of_lost([*self.bodies, *self.held])
+        self.table = torch.from_numpy(channel_table()).long()
+        weights = torch.from_numpy(channel_weights(self.bodies, settings.organ_balance)) if settings.organ_balance else None
+        self.dice_and_entropy = DiceCELoss(to_onehot_y=True, softmax=True, include_background=True, weight=weights)
+        self.dice: dict[str, float] = {}
 
     def to(self, device: torch.device) -> None:
-        """Move the table of channels."""
+        """Move the table of channels, and their weights."""
         self.table = self.table.to(device)
+        self.dice_and_entropy.to(device)
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Draw patches of one of `crops`; of two places the one with more body in it is taken."""
-        drawn, ids = [], []
         size = self.settings.crops[int(rng.integers(len(self.settings.crops)))]
-        for _ in range(self.settings.batch_size):
-            body = self.bodies[int(rng.integers(len(self.bodies)))]
-            found = []
-            for _place in range(2):
-                start = [int(rng.integers(max(n - want, 0) + 1)) for n, want in zip(body.labels.shape, size, strict=True)]
-                x, y, z = (slice(a, a + want) for a, want in zip(start, size, strict=True))
-                found.append(body.labels[x, y, z])
-            drawn.append(max(found, key=np.count_nonzero)[None])
-            ids.append(body.id)
-        return {"labels": torch.from_numpy(np.stack(drawn)), "ids": ids}
+        chosen = [self.bodies[int(rng.integers(len(self.bodies)))] for _ in range(self.settings.batch_size)]
+        patches = [max((_patch(body, size, rng) for _place in range(2)), key=np.count_nonzero)[None] for body in chosen]
+        return {"labels": torch.from_numpy(np.stack(patches)), "ids": [body.id for body in chosen]}
 
     def loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Return cross-entropy + soft Dice + `kl_weight` KL, and its parts."""
@@ -82,26 +84,20 @@ class MaskVaeTask:
     def validate(self, network: nn.Module) -> dict[str, float]:
         """Return the mean Dice of the labels of held-out bodies, whole; `score` is 1 minus that."""
         device = next(network.parameters()).device
-        of: dict[int, list[float]] = {}
+        found: dict[int, list[float]] = {}
         for body in self.held:
-            wanted = self.table[torch.from_numpy(body.labels).to(device).long()]
-            made = self.channels_of(network, torch.from_numpy(body.labels)[None, None].to(device))
-            for channel in wanted.unique().tolist():
-                if channel:
-                    ours, theirs = made == channel, wanted == channel
-                    of.setdefault(channel, []).append(float(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())))
-        dice = {channel: float(np.mean(values)) for channel, values in of.items()}
-        worst = min(dice, key=dice.__getitem__)
-        self.worst = maisi().name_of(remap_table("raw125").pairs.get(worst, 0))
-        mean = float(np.mean(list(dice.values())))
-        return {"score": 1 - mean, "dice": mean, "worst_dice": dice[worst], "labels": float(len(dice))}
+            labels = torch.from_numpy(body.labels)[None, None].to(device)
+            for channel, dice in dice_of(self.channels_of(network, labels), self.table[labels[0, 0].long()]).items():
+                found.setdefault(channel, []).append(dice)
+        names = remap_table("raw125").pairs
+        self.dice = {maisi().name_of(names[channel]): float(np.mean(values)) for channel, values in sorted(found.items())}
+        mean = float(np.mean(list(self.dice.values())))
+        return {"score": 1 - mean, "dice": mean, "worst_dice": min(self.dice.values()), "labels": float(len(self.dice))}
 
     @staticmethod
     def channels_of(network: Any, labels: Tensor) -> Tensor:
-        """Return the most likely channel of each voxel (X, Y, Z), decoded slab by slab from the mean of the latent."""
-        from .. import streaming
-
-        mean, _ = network.encode(binarise(labels))
+        """Return the most likely channel of each voxel (X, Y, Z), by way of the mean of the latent; slab by slab, both ways."""
+        mean = streaming.encoded(network, binarise(labels))
         return torch.cat([slab[0].argmax(dim=0) for slab in streaming.decoded(network, mean)])
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -109,8 +105,28 @@ class MaskVaeTask:
         return {"mask_vae": dict(tensors)}
 
     def metadata(self, part: str) -> dict[str, str]:
-        """Name the part."""
-        return {"part": part}
+        """Name the part, and the mean Dice of each label on the held-out bodies."""
+        return {"part": part, "dice": json.dumps({name: round(value, 4) for name, value in self.dice.items()})}
+
+
+def dice_of(made: Tensor, wanted: Tensor, channels: int = 125) -> dict[int, float]:
+    """Return the Dice coefficient of each channel that `wanted` holds, but background."""
+    pairs = torch.bincount((wanted * channels + made).reshape(-1), minlength=channels**2).reshape(channels, channels).double().cpu()
+    ours, theirs, both = pairs.sum(0), pairs.sum(1), pairs.diagonal()
+    return {k: float(2 * both[k] / (ours[k] + theirs[k])) for k in range(1, channels) if theirs[k]}
+
+
+def _patch(body: Body, size: tuple[int, int, int], rng: np.random.Generator) -> NDArray[np.uint8]:
+    start = [int(rng.integers(n - want + 1)) for n, want in zip(body.size, size, strict=True)]
+    x, y, z = (slice(a, a + want) for a, want in zip(start, size, strict=True))
+    return body.part((x, y, z))
+
+
+def _check_crops(crops: tuple[tuple[int, int, int], ...], cube_size: tuple[int, int, int]) -> None:
+    for crop in crops:
+        if any(want % 4 or want <= 0 or want > n for want, n in zip(crop, cube_size, strict=True)):
+            raise UsageError(f"train.crops holds {list(crop)}, and patches of {'x'.join(map(str, cube_size))} voxels are cut",
+                             hint="use multiples of 4 up to that, such as [[64, 64, 64]]")  # fmt: skip
 
 
 def task(settings: TrainSettings, data: Path) -> MaskVaeTask:

@@ -97,6 +97,7 @@ class TrainSettings:
     replay: str | None = None
     replay_share: float = 0.3
     # the mask generator
+    organ_balance: float = 0.0
     size_dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,12 +108,16 @@ class TrainSettings:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
         self._check_vae()
-        if not 0 <= self.size_dropout <= 1:
-            raise UsageError(f"train.size_dropout is {self.size_dropout}", hint="it must be between 0 and 1")
+        self._check_masks()
         if self.time_shift <= 0:
             raise UsageError(f"train.time_shift is {self.time_shift}", hint="it must be larger than 0")
         if self.latent_noise < 0:
             raise UsageError(f"train.latent_noise is {self.latent_noise}", hint="use a share of the latent's deviation, such as 0.2, or 0")
+
+    def _check_masks(self) -> None:
+        for name in ("organ_balance", "size_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be between 0 and 1")
 
     def _check_vae(self) -> None:
         if self.spacing_type not in ("original", "fixed", "rand_zoom"):
