@@ -70,7 +70,9 @@ def cube(spec: ModelSpec) -> Geometry:
     Raises `UsageError` for a model without them, and for an autoencoder with other channels than those of the released one.
     """
     if any(part not in spec.networks for part in MASK_NETWORKS):
-        raise UsageError(f"model {spec.name} has no mask networks", hint="use  --set train.model='\"nano-mask\"', or a model file that has them")
+        raise UsageError(
+            f"model {spec.name} has no mask networks", hint="use  --set train.model='\"nano-mask\"', or a model file that has them"
+        )
     channels, wanted = int(spec.networks["mask_vae"].arguments["out_channels"]), len(remap_table("raw125").pairs) + 1
     if channels != wanted:
         raise UsageError(f"the mask autoencoder of {spec.name} has {channels} channels, and labels have {wanted}",

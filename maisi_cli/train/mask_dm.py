@@ -153,7 +153,9 @@ class MaskDiffusionTask:
         sizes, model = self.beside(folder)
         write_atomic(sizes, json.dumps([{"organ_size": list(vector)} for vector in self.vectors], indent=1).encode())
         assert self.settings.vae is not None
-        mask_model.write(model, self.spec, {"mask_vae": Path(self.settings.vae), "mask_unet": folder / "mask_unet.safetensors", "data": sizes})
+        mask_model.write(
+            model, self.spec, {"mask_vae": Path(self.settings.vae), "mask_unet": folder / "mask_unet.safetensors", "data": sizes}
+        )
         return sizes, model
 
 

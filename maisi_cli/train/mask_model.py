@@ -27,7 +27,8 @@ def write(path: Path, spec: ModelSpec, files: Mapping[str, Path]) -> None:
     content["summary"] = f"{spec.name} with mask networks of one's own"
     content.pop("bundled", None)
     kept = [_found_from_anywhere(row, spec) for row in content.pop("weights", ()) if not _replaced(row)]
-    own = [{"part": part, "path": _relative(file, path.parent), **({"layout": "data"} if part == "data" else {})} for part, file in files.items()]
+    layout = {"data": {"layout": "data"}}
+    own = [{"part": part, "path": _relative(file, path.parent), **layout.get(part, {})} for part, file in files.items()]
     write_atomic(path, tomli_w.dumps({**content, "weights": [*kept, *own]}).encode())
 
 
