@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --quick                                   # two cores, small sizes, five minutes
     python benchmarks/run.py --device cuda --out benchmarks/RESULTS.md # a GPU: every published row of the reference
+    python benchmarks/run.py --quick --groups train                    # steps of training; see train_step.py for more of it
     python benchmarks/run.py --device cuda --rows 512x512x512 --memory-cap 8
 
 Networks are those of `rflow-ct` at full width with random weights. Every line is a process of its own, so that its peak is its own:
@@ -32,7 +33,7 @@ import numpy as np
 
 MODEL = "rflow-ct"
 QUICK = ("96x64x64", "128x128x64")
-GROUPS = ("decode", "denoise", "write", "fid")
+GROUPS = ("decode", "denoise", "train", "write", "fid")
 HEADER = "| path | seconds | times faster | peak GiB | times less | max difference | mean |"
 Call = Callable[[], Any]
 
@@ -58,6 +59,9 @@ class Case:
 
 def cases(asked: argparse.Namespace) -> Iterator[Case]:
     """Yield the lines that are asked for, those that ratios are to first in their group."""
+    import train_step
+    from maisi_cli.geometry import parse_size
+
     for size, window, splits, overlap in rows(asked):
         common = {"size": size, "device": asked.device, "overlap": overlap, "cap_gib": asked.memory_cap, "rounds": asked.rounds}
         if "decode" in asked.groups:
@@ -67,6 +71,10 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
             if asked.device == "cpu":
                 yield Case(group="denoise", side="MONAI, autocast", **common)
             yield Case(group="denoise", side="maisi", **common)
+    if "train" in asked.groups:
+        for part, size in {part: parse_size(text) for part, text in (train_step.QUICK if asked.quick else train_step.FULL).items()}.items():
+            for side in train_step.SIDES:
+                yield Case(group=f"train {part}", side=side, size=size, device=asked.device, cap_gib=asked.memory_cap, rounds=asked.rounds)
     if "write" in asked.groups:
         size = (256, 256, 256) if asked.quick else (512, 512, 512)
         for side in ("nibabel, float32", "maisi, int16"):
@@ -118,7 +126,8 @@ def measured(case: Case, kept: Path) -> dict[str, Any]:
         from maisi_cli import inference
 
         inference.free_at_once()
-    run = {"decode": decoding_call, "denoise": denoising_call, "write": writing_call, "fid": fid_call}[case.group](case)
+    group = case.group.split()[0]
+    run = {"decode": decoding_call, "denoise": denoising_call, "train": training_call, "write": writing_call, "fid": fid_call}[group](case)
     if case.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -272,6 +281,15 @@ def denoising_call(case: Case) -> Call:
 
     run()
     return run
+
+
+def training_call(case: Case) -> Call:
+    """Return what makes one step of training, whose loss is compared; warming up is done before."""
+    import train_step
+
+    run, _ = train_step.step(case.group.split()[1], case.side, case.size, case.device)
+    run()
+    return lambda: float(run())
 
 
 def writing_call(case: Case) -> Call:

@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --what controlnet --size 128x128x128
 
 Networks are those of `rflow-ct` at full width with the same random weights on every side: MONAI's modules as they come in float32,
-the same under autocast to bfloat16 (on CUDA as well), and `maisi_cli.train.fast` under the same autocast. A step is a forward pass,
+the same under autocast to bfloat16 (on CUDA as well), and `maisi_cli.fast_training` under the same autocast. A step is a forward pass,
 a loss and a backward pass; the optimiser is the same for all and left out. Sides take turns, so that what else the machine does
 falls on all of them; seconds are the least of some rounds.
 """
@@ -37,7 +37,7 @@ def step(what: str, side: str, size: tuple[int, int, int], device: str) -> tuple
     from maisi_cli import networks
     from maisi_cli.catalog import model
     from maisi_cli.testing import filled
-    from maisi_cli.train.fast import trainable
+    from maisi_cli.fast_training import trainable
 
     spec, ours = model(MODEL), side.startswith("maisi")
     found: dict[str, Any] = {}

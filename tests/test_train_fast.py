@@ -15,7 +15,7 @@ from maisi_cli.catalog import NetworkSpec
 from maisi_cli.catalog import model as find_model
 from maisi_cli.networks import binarise, build
 from maisi_cli.testing import filled, tiny_model
-from maisi_cli.train.fast import Conv3d, Halved, norm_silu, trainable
+from maisi_cli.fast_training import Conv3d, Halved, norm_silu, trainable
 from maisi_cli.train.recompute import recompute
 from torch import Tensor, nn
 from torch.nn import functional

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import inference
-from ..kernels import LAYOUT, PIECE, Affine, Moments, rows_of
+from . import inference
+from .kernels import LAYOUT, PIECE, Affine, Moments, rows_of
 
 PIECE_ELSEWHERE = 2**24
 """Values that are worked on at once where there is no small cache to stay in: their copies in float32 are small beside a volume."""
