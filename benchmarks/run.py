@@ -33,7 +33,7 @@ import numpy as np
 
 MODEL = "rflow-ct"
 QUICK = ("96x64x64", "128x128x64")
-GROUPS = ("decode", "denoise", "train", "write", "fid")
+GROUPS = ("decode", "denoise", "train", "latents", "write", "fid")
 HEADER = "| path | seconds | times faster | peak GiB | times less | max difference | mean |"
 Call = Callable[[], Any]
 
@@ -75,6 +75,10 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
         for part, size in {part: parse_size(text) for part, text in (train_step.QUICK if asked.quick else train_step.FULL).items()}.items():
             for side in train_step.SIDES:
                 yield Case(group=f"train {part}", side=side, size=size, device=asked.device, cap_gib=asked.memory_cap, rounds=asked.rounds)
+    if "latents" in asked.groups:
+        size = (256, 256, 128) if asked.quick else (512, 512, 512)
+        for side in ("nibabel, float32 .nii.gz", "maisi, float16 .npy"):
+            yield Case(group="latents", side=side, size=size, device="cpu", rounds=5)
     if "write" in asked.groups:
         size = (256, 256, 256) if asked.quick else (512, 512, 512)
         for side in ("nibabel, float32", "maisi, int16"):
@@ -127,7 +131,14 @@ def measured(case: Case, kept: Path) -> dict[str, Any]:
 
         inference.free_at_once()
     group = case.group.split()[0]
-    run = {"decode": decoding_call, "denoise": denoising_call, "train": training_call, "write": writing_call, "fid": fid_call}[group](case)
+    run = {
+        "decode": decoding_call,
+        "denoise": denoising_call,
+        "train": training_call,
+        "latents": latents_call,
+        "write": writing_call,
+        "fid": fid_call,
+    }[group](case)
     if case.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -290,6 +301,21 @@ def training_call(case: Case) -> Call:
     run, _ = train_step.step(case.group.split()[1], case.side, case.size, case.device)
     run()
     return lambda: float(run())
+
+
+def latents_call(case: Case) -> Call:
+    """Return what loads the latent of a volume, as float32 from gzip with channels last, or mapped from disk as float16."""
+    rng = np.random.default_rng(0)
+    size = [n // 4 for n in case.size]
+    latent = rng.normal(0, 1, (4, *size)).astype(np.float32)
+    folder = Path(tempfile.mkdtemp())
+    if case.side.startswith("nibabel"):
+        import nibabel
+
+        nibabel.save(nibabel.Nifti1Image(np.moveaxis(latent, 0, -1), np.eye(4)), folder / "latent_emb.nii.gz")
+        return lambda: np.moveaxis(np.asarray(nibabel.load(folder / "latent_emb.nii.gz").dataobj, np.float32), -1, 0)
+    np.save(folder / "latent.npy", latent.astype(np.float16))
+    return lambda: np.array(np.load(folder / "latent.npy", mmap_mode="r"))
 
 
 def writing_call(case: Case) -> Call:

@@ -114,7 +114,8 @@ def register_presets(register: Register) -> None:
 def register_executors(register: Register) -> None:
     """Add ways to run many samples: `register("local", "maisi_cli.synthesis:run_local")`.
 
-    The target is a function `run(jobs, make, on_event) -> Iterator[Sample]`.
+    The target is a function `run(jobs, make, on_event) -> Iterator[Sample]`; `make(job)` makes a sample with its files, and
+    `make.start(job)` one whose files are written by what it returns.
     """
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -41,8 +43,6 @@ from .volumes import AIR_HU, Mask, Sample, Volume, onto
 if TYPE_CHECKING:
     from .quality import Verdict
 
-Make = Callable[["Job"], Sample | None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -66,6 +66,8 @@ class _Try:
     verdict: Verdict | None
     latent: torch.Tensor | None
     seconds: Mapping[str, float]
+    hashes: Mapping[str, str]
+    engines: Mapping[str, Any]
 
 
 def generate(settings: Resolved | Sequence[Resolved] | None = None, *, on_event: OnEvent = ignore, **values: Any) -> Iterator[Sample]:
@@ -81,7 +83,7 @@ def generate(settings: Resolved | Sequence[Resolved] | None = None, *, on_event:
     batch = _Batch([settings] if isinstance(settings, Resolved) else settings, on_event)
     todo = batch.jobs()
     executor: Callable[[Iterable[Job], Make, OnEvent], Iterator[Sample]] = plugins().registry("executors").get(batch.executor)
-    return _finish(executor(todo, batch.make, batch.tell), len(todo))
+    return _finish(executor(todo, batch, batch.tell), len(todo))
 
 
 def _finish(samples: Iterator[Sample], wanted: int) -> Iterator[Sample]:
@@ -96,12 +98,32 @@ def _finish(samples: Iterator[Sample], wanted: int) -> Iterator[Sample]:
         )
 
 
+class Make(Protocol):
+    """Makes the samples of a run."""
+
+    def __call__(self, job: Job) -> Sample | None:
+        """Make one sample with its files; None when it failed the check and is not kept."""
+
+    def start(self, job: Job) -> Callable[[], Sample] | None:
+        """Make one sample but for its files, which what is returned writes, in whatever thread calls it."""
+
+
 def run_local(jobs: Iterable[Job], make: Make, on_event: OnEvent) -> Iterator[Sample]:
-    """Make the samples in this process, in order; the executor `local`."""
-    for job in jobs:
-        sample = make(job)
-        if sample is not None:
-            yield sample
+    """Make the samples in this process, in order; the executor `local`. Files are written while the next sample is computed."""
+    waiting: Future[Sample] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for job in jobs:
+            try:
+                finish = make.start(job)
+            except BaseException:
+                if waiting is not None:
+                    yield waiting.result()
+                raise
+            if waiting is not None:
+                yield waiting.result()
+            waiting = pool.submit(finish) if finish is not None else None
+        if waiting is not None:
+            yield waiting.result()
 
 
 class _Batch:
@@ -138,13 +160,18 @@ class _Batch:
             self._open = (row, run)
         return found
 
-    def make(self, job: Job) -> Sample | None:
-        """Make one sample; the settings of its row are opened once, and closed for the next."""
+    def __call__(self, job: Job) -> Sample | None:
+        """Make one sample with its files."""
+        finish = self.start(job)
+        return None if finish is None else finish()
+
+    def start(self, job: Job) -> Callable[[], Sample] | None:
+        """Make one sample but for its files; the settings of its row are opened once, and closed for the next."""
         if self._open is None or self._open[0] != job.row:
             run = _Run(self.resolved[job.row], self.tell, self.loaded, self.engines)
             run.require()
             self._open = (job.row, run)
-        return self._open[1].make(job)
+        return self._open[1].start(job)
 
 
 class _Run:
@@ -220,8 +247,8 @@ class _Run:
             found.append(job)
         return found
 
-    def make(self, job: Job) -> Sample | None:
-        """Make one sample, with retries; None when it failed the check and is not kept."""
+    def start(self, job: Job) -> Callable[[], Sample] | None:
+        """Make one sample but for its files, with retries; None when it failed the check and is not kept."""
         settings = self.settings
         tries = settings.retries + 1 if settings.on_qc_fail == "retry" else 1
         made: _Try | None = None
@@ -235,7 +262,7 @@ class _Run:
                 self.tell(Note(text=f"{job.id}: {error.message}" + ("" if last else "; trying again"), level="warning"))
                 continue
             if made.verdict is None or made.verdict.passed or settings.on_qc_fail == "keep":
-                return self._save(job, made)
+                return functools.partial(self._save, job, made)
             failed = "; ".join(finding.text for finding in made.verdict.failures())
             self.tell(Note(text=f"{job.id} failed the check: {failed}" + ("" if last else "; trying again"), level="warning"))
         if settings.keep_latent:
@@ -251,7 +278,8 @@ class _Run:
             made = self._mask(job, attempt)
         mask, about = (made.mask, made.about) if made else (None, {})
         if settings.mode == "mask":
-            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, about=about, verdict=None, latent=None, seconds=clock.seconds)
+            return _Try(attempt=attempt, seed=seed, image=None, mask=mask, about=about, verdict=None, latent=None, seconds=clock.seconds,
+                        **self._used())  # fmt: skip
         grid = mask.geometry if mask is not None else settings.geometry()
         fitted = masks.conditioned(mask, self.spec) if mask is not None else None
         inner = fitted.shown.geometry if fitted else grid
@@ -279,7 +307,12 @@ class _Run:
             image, mask, required=settings.anatomy, compat=settings.compat == "reference", own_mask=self.source == "file",
             chosen=quality.chosen_organs(settings.anatomy_size), tiles=self._tiles(inner, grid),
         )  # fmt: skip
-        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, about=about, verdict=verdict, latent=latent, seconds=clock.seconds)
+        return _Try(attempt=attempt, seed=seed, image=image, mask=mask, about=about, verdict=verdict, latent=latent, seconds=clock.seconds,
+                    **self._used())  # fmt: skip
+
+    def _used(self) -> dict[str, Any]:
+        """Return what this sample was made with: its files may be written when the next one has begun."""
+        return {"hashes": {**self.hashes, **getattr(self.masks, "hashes", {})}, "engines": {**self.ran, **getattr(self.masks, "ran", {})}}
 
     def _tiles(self, inner: Geometry, grid: Geometry) -> quality.Planes | None:
         """Return the planes where the decoder's windows met, in voxels of `grid`; None where it had none."""
@@ -428,8 +461,7 @@ class _Run:
     ) -> dict[str, Any]:
         spec, item = self.spec, made.image or made.mask
         assert item is not None
-        hashes = {**self.hashes, **getattr(self.masks, "hashes", {})}
-        parts = [{"part": part, "file": self.files[part].name, "sha256": hashes.get(part)} for part in (*self.parts, *self.mask_parts)]
+        parts = [{"part": part, "file": self.files[part].name, "sha256": made.hashes.get(part)} for part in (*self.parts, *self.mask_parts)]
         mask: dict[str, Any] | None = None
         if made.mask is not None:
             mask = {"source": self.source, "ids": list(made.mask.ids()), **made.about}
@@ -438,7 +470,7 @@ class _Run:
             if self.source == "file":
                 mask["file"] = {"name": Path(str(self.settings.mask)).name, "sha256": record.sha256_of(str(self.settings.mask))}
         device = {"name": self.device, "dtype": self.plan.choice("dtype"), "threads": torch.get_num_threads(),
-                  "engines": {**self.ran, **getattr(self.masks, "ran", {})}}  # fmt: skip
+                  "engines": dict(made.engines)}  # fmt: skip
         if device["name"].startswith("cuda"):
             device["gpu"] = torch.cuda.get_device_name()
         return record.build(
@@ -486,7 +518,7 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if stage != "save" and torch.cuda.is_available():  # files are written while the next sample is computed
             torch.cuda.synchronize()
         self.seconds[stage] = time.perf_counter() - started
 

@@ -104,14 +104,16 @@ def _check_shape(array: NDArray[Any], geometry: Geometry) -> None:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path, *, modality: str = "ct") -> Volume:
+def read_image(path: str | Path, *, modality: str = "ct", channel: int | None = None) -> Volume:
     """Read a 3D NIfTI image of any real type as float32, with the slope and intercept of its header applied.
+
+    Of a 4D image `channel` is read, where one is named.
 
     Raises `UsageError`, with the fix, for a file that is missing, damaged, not 3D, without a usable affine,
     of complex or colour values, or with values that are not finite.
     """
     path = Path(path)
-    image, geometry = _open(path)
+    image, geometry = _open(path, channel)
     if image.get_data_dtype().kind not in "iufb":
         raise UsageError(
             f"{path} holds {image.get_data_dtype()} values, not one real number a voxel",
@@ -201,7 +203,7 @@ def orientation_doubt(path: str | Path) -> str | None:
     return None
 
 
-def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
+def _open(path: Path, channel: int | None = None) -> tuple[nibabel.Nifti1Image, Geometry]:
     import nibabel
 
     if not path.is_file():
@@ -215,6 +217,10 @@ def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
         raise UsageError(f"{path} is not a NIfTI file: {_short(error)}", hint="convert it to NIfTI first") from error
     if not isinstance(image, nibabel.Nifti1Image):
         raise UsageError(f"{path} is not a NIfTI file", hint="convert it to NIfTI first")
+    if channel is not None and len(image.shape) == 4:
+        if channel >= image.shape[3]:
+            raise UsageError(f"{path} has {image.shape[3]} channels, and number {channel} is asked for", hint="they are counted from 0")
+        image = image.slicer[..., channel]
     shape = tuple(int(n) for n in image.shape)
     if len(shape) != 3 or min(shape) < 1:
         trailing = len(shape) > 3 and all(n == 1 for n in shape[3:])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from maisi_cli import quality, synthesis
 from maisi_cli.cli import run
 from maisi_cli.errors import CannotRun, Rejected, UsageError
+from maisi_cli.events import ignore
 from maisi_cli.files import writes
 from maisi_cli.geometry import Geometry
 from maisi_cli.hookspecs import Register, hookimpl
@@ -20,6 +23,7 @@ from maisi_cli.plugins import load
 from maisi_cli.record import sha256_of
 from maisi_cli.sampling import Schedule, flow_schedule
 from maisi_cli.settings import GenerateSettings, resolve
+from maisi_cli.synthesis import Job, run_local
 from maisi_cli.testing import tiny_model
 from maisi_cli.volumes import Mask, Sample, read_mask, write_mask
 
@@ -192,7 +196,7 @@ def test_what_a_format_writes_is_known_before_the_work(model: str, text_format: 
     Path("run/s0_text/labels.txt").write_text("damaged")
     assert [again.id for again in make(model, mode="mask", format="nifti,text", resume=True)] == ["s0"]
 
-    monkeypatch.setattr(synthesis._Run, "make", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(synthesis._Run, "start", lambda *_: pytest.fail("work was begun"))
     sample.paths["record"].unlink()
     sample.paths["label"].unlink()
     with pytest.raises(UsageError, match="s0_text already exists"):
@@ -347,3 +351,57 @@ def test_the_command_prints_paths_or_json(model: str, capsys: pytest.CaptureFixt
     assert run(["generate", "--config", sample["record"], "--out", "c", "-q"]) == 0
     repeated = Path(capsys.readouterr().out.splitlines()[0])
     assert repeated.read_bytes() == paths[0].read_bytes()
+
+
+# --- files are written while the next sample is computed --------------------------------------------------------
+
+
+class Making:
+    """A `Make` that notes what happens, in which thread."""
+
+    def __init__(self, fails: int | None = None) -> None:
+        self.fails, self.seen = fails, []
+
+    def __call__(self, job: Job) -> Sample | None:
+        finish = self.start(job)
+        return finish and finish()
+
+    def start(self, job: Job) -> Callable[[], Sample] | None:
+        if job.index == self.fails:
+            raise UsageError("broken")
+        self.seen.append(("compute", job.index, threading.current_thread() is threading.main_thread()))
+        if job.index == 1:
+            return None  # was not kept
+
+        def finish() -> Sample:
+            self.seen.append(("write", job.index, threading.current_thread() is threading.main_thread()))
+            return Sample(index=job.index, seed=job.seed, id=job.id, image=None, mask=None, verdict=None)
+
+        return finish
+
+
+def jobs(count: int) -> list[Job]:
+    return [Job(index=k, seed=0, id=f"s{k}") for k in range(count)]
+
+
+def test_files_are_written_in_another_thread_and_in_order() -> None:
+    made = Making()
+    samples = list(run_local(jobs(4), made, ignore))
+    assert [sample.index for sample in samples] == [0, 2, 3]
+    assert all(main is (what == "compute") for what, _, main in made.seen)
+    assert [index for what, index, _ in made.seen if what == "write"] == [0, 2, 3]
+
+
+def test_a_sample_whose_files_are_written_is_not_lost_when_the_next_one_fails() -> None:
+    samples = run_local(jobs(3), Making(fails=1), ignore)
+    assert next(samples).index == 0
+    with pytest.raises(UsageError, match="broken"):
+        next(samples)
+
+
+def test_whoever_stops_early_leaves_whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Making()
+    for sample in run_local(jobs(4), made, ignore):
+        assert sample.index == 0
+        break
+    assert ("write", 2, False) not in made.seen

@@ -1,4 +1,4 @@
-"""`maisi train vae|dm|controlnet`."""
+"""`maisi train vae|dm|controlnet|mask-vae|mask-dm`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ Data = Annotated[Path, typer.Option("--data", metavar="LIST|DIR", help="Data lis
 TrainOut = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for weights, state and log.")]
 Preset = Annotated[
     str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: nano-KIND]", show_default=False)
+]
+MaskPreset = Annotated[
+    str | None, typer.Option("-p", "--preset", metavar="NAME", help="Training preset.  [default: KIND]", show_default=False)
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any train.* setting, as TOML; may be repeated.", show_default=False)
@@ -58,19 +61,23 @@ Overfit = Annotated[
     ),
 ]
 
-train_app = typer.Typer(help="Train the VAE, the diffusion model and the ControlNet.", no_args_is_help=True)
+train_app = typer.Typer(help="Train the VAE, the diffusion model, the ControlNet and the mask generator.", no_args_is_help=True)
 
 
 @train_app.command("vae", epilog=examples(
     "maisi train vae --data phantoms/ --out runs/vae --set train.steps=2",
     "maisi train vae --data phantoms/ --out runs/vae --set train.steps=4 --resume auto",
-    "maisi train vae --data phantoms/ --out runs/vae2 --overfit 2 --accumulate 2 --keep-last 2 --set train.steps=2"))  # fmt: skip
+    "maisi train vae --data phantoms/ --out runs/eval --eval-only --init runs/vae/vae.safetensors"))  # fmt: skip
 def vae(
     data: Data, out: TrainOut, preset: Preset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    eval_only: Annotated[bool, typer.Option("--eval-only", help="Train nothing: judge the weights of --init on the held-out cases.")] = False,
     gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
     force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Train the autoencoder that turns volumes into latents and back."""
+    """Train the autoencoder that turns volumes into latents and back; or judge one."""
+    if eval_only:
+        _evaluate(data, out, preset, init, set_, force=force, as_json=as_json)
+        return
     _train("vae", data, out, preset, {"init": init}, set_, resume, force, as_json, gpus,
            {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
 
@@ -103,6 +110,67 @@ def controlnet(
     """Train the ControlNet that makes a frozen diffusion model follow masks."""
     _train("controlnet", data, out, preset, {"init": init, "unet": unet}, set_, resume, force, as_json, gpus,
            {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
+
+
+@train_app.command("mask-vae", epilog=examples(
+    "maisi train mask-vae --data phantoms/ --out runs/mask-vae --preset mask-vae --set train.steps=2",
+    "maisi train mask-vae --data phantoms/ --out runs/mask-vae --set train.steps=4 --resume auto"))  # fmt: skip
+def mask_vae(
+    data: Data, out: TrainOut, preset: MaskPreset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the autoencoder of label maps, the first half of an anatomy generator."""
+    _train("mask-vae", data, out, preset, {"init": init}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
+
+
+@train_app.command("mask-dm", epilog=examples(
+    "maisi train mask-dm --data phantoms/ --vae runs/mask-vae/mask_vae.safetensors --out runs/mask-dm --set train.steps=2",
+    "maisi train mask-dm --data phantoms/ --vae runs/mask-vae/mask_vae.safetensors --out runs/mask-dm --set train.steps=4 --resume auto"))  # fmt: skip
+def mask_dm(
+    data: Data, out: TrainOut,
+    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Weights of the mask autoencoder.", show_default=False)] = None,
+    preset: MaskPreset = None, set_: Set = None, resume: Resume = None, init: Init = None,
+    gpus: Gpus = "1", accumulate: Accumulate = None, keep_last: KeepLast = None, overfit: Overfit = None,
+    force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the diffusion model of label maps, which is told how large ten organs and tumours are."""
+    _train("mask-dm", data, out, preset, {"init": init, "vae": vae}, set_, resume, force, as_json, gpus,
+           {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
+
+
+def _evaluate(
+    data: Path, out: Path, preset: str | None, init: Path | None, set_: list[str] | None, *, force: bool, as_json: bool
+) -> None:  # fmt: skip
+    from ..errors import UsageError
+    from ..files import require_folder
+    from ..settings import parse_assignments
+
+    if init is not None and not init.is_file():
+        raise UsageError(f"--init {init} is not a file", hint="give the path of a .safetensors file")
+    require_folder(out)
+    assigned = parse_assignments(set_ or [], ("train",))
+    _check_types(assigned)
+    with output.events() as on_event:
+        from ..train.evaluation import evaluate
+        from ..train.settings import settings_from
+
+        overrides = {**assigned, **({"init": str(init)} if init is not None else {})}
+        found = evaluate(data, settings_from("vae", preset or "nano-vae", overrides), out=out, force=force, on_event=on_event)
+    if as_json:
+        output.json_out(found.as_dict())
+        return
+    columns = {"modality": "", "images": "", "perceptual": ".4f", "ssim": ".4f", "ms_ssim": ".4f", "psnr_db": ".2f", "soft_mae_hu": ".1f"}
+    rows = [["" if row[name] is None else format(row[name], how) for name, how in columns.items()] for row in found.rows()]
+    output.table(
+        [name.replace("_", " ") for name in columns], rows, right=[name.replace("_", " ") for name in columns if name != "modality"]
+    )
+    organs = [[each["id"], each["label"], each["images"], f"{each['mae_hu']:.1f}"] for each in found.organs()]
+    if organs:
+        output.data("")
+        output.table(["id", "organ", "images", "mae hu"], organs, right=("id", "images", "mae hu"))
+    output.say(f"perceptual: {found.perceptual}, not LPIPS; soft and mae: mean absolute error in HU")
 
 
 def _train(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..events import OnEvent, ignore
+from ..events import OnEvent, Saved, ignore
 from ..record import sha256_of
 from .launcher import launch, processes, processes_wanted
 from .overfit import only
@@ -25,13 +25,14 @@ def train(
     overrides: Mapping[str, Any] | None = None, resume: str | None = None, force: bool = False, gpus: int | str = 1,
     on_event: OnEvent = ignore,
 ) -> Path:  # fmt: skip
-    """Train one network (`vae`, `dm` or `controlnet`) on a data list; return the exported weights file.
+    """Train one network (one of `KINDS`) on a data list; return the exported weights file.
 
-    `preset` defaults to `nano-<kind>`. `resume` is `auto` (continue what is in `out`, if anything) or the folder of a checkpoint.
-    `gpus` is a number of processes, or `auto` for one on each GPU; torchrun and accelerate start them as well. The weights that
-    training starts from are never written. Raises `UsageError` for bad settings, lists and states.
+    `preset` defaults to `nano-<kind>`, for the mask networks to the kind. `resume` is `auto` (continue what is in `out`, if
+    anything) or the folder of a checkpoint. `gpus` is a number of processes, or `auto` for one on each GPU; torchrun and
+    accelerate start them as well. The weights that training starts from are never written. Raises `UsageError` for bad settings,
+    lists and states.
     """
-    settings = settings_from(kind, preset or f"nano-{kind}", overrides)
+    settings = settings_from(kind, preset or default_preset(kind), overrides)
     arguments: dict[str, Any] = {"data": Path(data), "settings": settings, "out": Path(out), "resume": resume, "force": force}
     count = processes_wanted(gpus, settings.device) if gpus != 1 else 1
     if count > 1:
@@ -39,18 +40,28 @@ def train(
     return _train_here(**arguments, on_event=on_event)
 
 
+def default_preset(kind: str) -> str:
+    """Return the preset that a training takes where none is named."""
+    return kind if kind.startswith("mask-") else f"nano-{kind}"
+
+
 def _train_here(*, data: Path, settings: TrainSettings, out: Path, resume: str | None, force: bool, on_event: OnEvent) -> Path:
     """Train in this process, as one of those that a launcher started, if any did."""
-    from . import controlnet, diffusion, vae
+    from . import controlnet, diffusion, mask_dm, mask_vae, vae
     from .loop import Task, run
 
-    tasks: dict[str, Callable[[TrainSettings, Path], Task]] = {"vae": vae.task, "dm": diffusion.task, "controlnet": controlnet.task}
+    tasks: dict[str, Callable[[TrainSettings, Path], Task]] = {
+        "vae": vae.task, "dm": diffusion.task, "controlnet": controlnet.task, "mask-vae": mask_vae.task, "mask-dm": mask_dm.task,
+    }  # fmt: skip
     # a task draws the batch of all processes; each of them keeps its part
     together = dataclasses.replace(settings, batch_size=settings.batch_size * processes())
     with only(data, settings.overfit, held_out=getattr(settings, "fold", 0)) as chosen:
         hashes = data_hashes(settings.kind, chosen)
         task = tasks[settings.kind](together, chosen)
-    return run(task, settings, out, resume=resume, force=force, on_event=on_event, data_hashes=hashes)
+    made = run(task, settings, out, resume=resume, force=force, on_event=on_event, data_hashes=hashes)
+    if isinstance(task, mask_dm.MaskDiffusionTask):
+        on_event(Saved(path=task.write_beside(out), kind="sizes"))
+    return made
 
 
 def data_hashes(kind: str, data: Path) -> dict[str, str]:

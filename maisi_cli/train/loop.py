@@ -258,7 +258,7 @@ class _Training:
         """Let the second network take its step on the same batch; one whose gradient is not finite is left out."""
         learner, settings, accelerator = self.learner, self.settings, self.accelerator
         assert learner.opponent is not None
-        _set_rate(learner.opponent_optimiser, rate / settings.lr * getattr(settings, "adversarial_lr", settings.lr))
+        _set_rate(learner.opponent_optimiser, rate / settings.lr * (settings.adversarial_lr or settings.lr))
         learner.opponent.train()
         with noise, accelerator.autocast():
             loss, parts = self.task.opponent_loss(self.opponent, batch)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UsageError, unknown
 
-KINDS = ("vae", "dm", "controlnet")
+KINDS = ("vae", "dm", "controlnet", "mask-vae", "mask-dm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,21 @@ class TrainSettings:
     # what is drawn
     crops: tuple[tuple[int, int, int], ...] = ((64, 64, 64),)
     whole_share: float = 0.0
+    random_aug: bool = False
+    spacing_type: str = "original"
+    spacing: tuple[float, float, float] | None = None
+    select_channel: int = 0
+    cache: float = 1.0
+    val_patch_size: tuple[int, int, int] | None = None
+    val_window: tuple[int, int, int] | None = None
     # the autoencoder
     loss: str = "l1"
+    perceptual: str = "maisi-slices"
+    perceptual_weight: float = 0.0
+    perceptual_share: float = 0.2
+    adversarial_weight: float = 0.0
+    adversarial_lr: float | None = None
+    adversarial_channels: int = 32
     kl_weight: float = 1e-7
     window_weight: float = 0.0
     edge_weight: float = 0.0
@@ -84,6 +97,8 @@ class TrainSettings:
     contrastive_delta: float = 2.0
     replay: str | None = None
     replay_share: float = 0.3
+    # the mask generator
+    size_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -92,10 +107,35 @@ class TrainSettings:
         for name, allowed in (("loss", ("l1", "l2")), ("timesteps", ("uniform", "logit-normal"))):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"train.{name} is {getattr(self, name)!r}", hint=f"use {' or '.join(allowed)}")
+        self._check_vae()
+        if not 0 <= self.size_dropout <= 1:
+            raise UsageError(f"train.size_dropout is {self.size_dropout}", hint="it must be between 0 and 1")
         if self.time_shift <= 0:
             raise UsageError(f"train.time_shift is {self.time_shift}", hint="it must be larger than 0")
         if self.latent_noise < 0:
             raise UsageError(f"train.latent_noise is {self.latent_noise}", hint="use a share of the latent's deviation, such as 0.2, or 0")
+
+    def _check_vae(self) -> None:
+        if self.spacing_type not in ("original", "fixed", "rand_zoom"):
+            raise UsageError(f"train.spacing_type is {self.spacing_type!r}", hint="use original, fixed or rand_zoom")
+        if self.spacing_type == "fixed" and (self.spacing is None or len(self.spacing) != 3 or min(self.spacing) <= 0):
+            raise UsageError("train.spacing_type is fixed, and train.spacing is not three lengths in mm", hint="such as [1.5, 1.5, 2.0]")
+        if self.spacing_type == "rand_zoom" and not self.random_aug:
+            raise UsageError("train.spacing_type rand_zoom is a random change", hint="set train.random_aug to true")
+        if self.adversarial_weight > 0 and any(min(crop) < 32 for crop in self.crops):
+            raise UsageError(
+                "the discriminator looks at patches of 32 voxels along each axis, or more", hint="set train.crops, such as [[64,64,64]]"
+            )
+        for name in ("perceptual_weight", "adversarial_weight", "select_channel"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="use 0, or more")
+        for name in ("perceptual_share", "cache"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"train.{name} is {getattr(self, name)}", hint="it must be between 0 and 1")
+        for name in ("val_patch_size", "val_window"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 3 or any(n <= 0 or n % 4 for n in value)):
+                raise UsageError(f"train.{name} is {list(value)}", hint="use three multiples of 4, such as [96, 96, 64]")
 
     def _check_run(self) -> None:
         for name, allowed in (("precision", ("no", "fp32", "bf16", "fp16")), ("schedule", ("cosine", "polynomial", "constant")),

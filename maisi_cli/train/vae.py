@@ -9,21 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..catalog import model as find_model
-from ..errors import UsageError
 from ..networks import build
-from ..volumes import read_image
 from ..weights import load_state
-from .data import intensity, read_list, split
+from . import adversarial
+from .data import data_hashes, read_list, split
+from .diffusion import start_from
+from .evaluation import judge
 from .losses import distance, edge_distance, kl_divergence, window
+from .patches import Volumes
+from .perceptual import Perceptual
 from .settings import TrainSettings
+
+HELD = 2
+"""How many held-out cases are looked at while training."""
 
 
 class VaeTask:
-    """Reconstruction (L1 or L2) + KL, with an L1 in the soft-tissue window and one on edges (reference.md 5.1)."""
+    """Reconstruction (L1 or L2) + KL, and on request a perceptual and an adversarial loss (reference.md 5.1), an L1 in the soft-tissue
+    window and one on edges.
+    """
 
     name = "vae"
     parts = ("vae",)
@@ -37,65 +44,75 @@ class VaeTask:
             hold_anchors(self.network)
         # start with a narrow posterior (sigma = exp(-4)): learning does not begin under noise as strong as the latent
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, -8.0)  # type: ignore[union-attr, arg-type]
+        self.notes: list[str] = []
         if settings.init:
-            self.network.load_state_dict({key: value.float() for key, value in load_state(Path(settings.init)).tensors.items()})
+            path = Path(settings.init)
+            self.notes += start_from(self.network, load_state(path).tensors, path, partial=settings.init_partial)
         if settings.freeze_encoder:
             for part in ("encoder", "quant_conv_mu", "quant_conv_log_sigma"):
                 self.network.get_submodule(part).requires_grad_(False)
         if settings.latent_noise:
             noise_latents(self.network.get_submodule("post_quant_conv"), settings.latent_noise)
         training, held = split(read_list(data), settings.fold)
-        self.volumes = [_load(case.image, case.id) for case in training]
-        self.held = [_load(case.image, case.id) for case in held[:2]]
+        self.data_hashes = data_hashes(data, [*training, *held])
+        self.volumes, self.held = Volumes(training, settings), held[:HELD]
+        self.perceptual = Perceptual(settings.perceptual, share=settings.perceptual_share) if settings.perceptual_weight else None
+        if self.perceptual is not None:
+            self.notes.append(f"the perceptual distance is that of {self.perceptual.label}, not LPIPS")
+        self.opponent = adversarial.discriminator(settings.adversarial_channels) if settings.adversarial_weight else None
+        self._made: Tensor | None = None
+
+    opponent_name = "discriminator"
 
     def to(self, device: torch.device) -> None:
-        """Nothing frozen to move."""
+        """Move the frozen network of the perceptual distance."""
+        if self.perceptual is not None:
+            self.perceptual.to(device)
 
-    def batch(self, rng: np.random.Generator) -> Mapping[str, Tensor]:
+    def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Draw random patches of one of `crops`, flipped at random; patches of air alone are drawn again, up to four times."""
-        patches = []
+        drawn = []
         for _ in range(self.settings.batch_size):
             size = self.settings.crops[int(rng.integers(len(self.settings.crops)))]
-            for _attempt in range(4):
-                patch = _crop(self.volumes[int(rng.integers(len(self.volumes)))], size, rng)
-                if (patch > 0.25).mean() > 0.15:
-                    break
-            for axis in range(3):
-                if rng.random() < 0.5:
-                    patch = np.flip(patch, axis)
-            patches.append(intensity(np.ascontiguousarray(patch))[None])
-        return {"image": torch.from_numpy(np.stack(patches))}
+            drawn.append(self.volumes.patch(size, rng))
+        return {"image": torch.from_numpy(np.stack([patch[None] for _, patch in drawn])), "ids": [name for name, _ in drawn]}
 
-    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Return the weighted sum and its parts."""
-        image = batch["image"]
+        image, settings = batch["image"], self.settings
         reconstruction, mean, sigma = network(image)
-        parts = {"recon": distance(reconstruction, image, self.settings.loss), "kl": kl_divergence(mean, sigma)}
-        total = parts["recon"] + self.settings.kl_weight * parts["kl"]
-        if self.settings.window_weight:
+        parts = {"recon": distance(reconstruction, image, settings.loss), "kl": kl_divergence(mean, sigma)}
+        total = parts["recon"] + settings.kl_weight * parts["kl"]
+        if settings.window_weight:
             parts["window"] = distance(window(reconstruction.float()), window(image), "l1")
-            total = total + self.settings.window_weight * parts["window"]
-        if self.settings.edge_weight:
+            total = total + settings.window_weight * parts["window"]
+        if settings.edge_weight:
             parts["edge"] = edge_distance(reconstruction, image)
-            total = total + self.settings.edge_weight * parts["edge"]
+            total = total + settings.edge_weight * parts["edge"]
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(reconstruction.float(), image)
+            total = total + settings.perceptual_weight * parts["perceptual"]
+        if self.opponent is not None:
+            parts["adversarial"] = adversarial.least_squares(adversarial.judged(self.opponent, reconstruction.float()), True)
+            total = total + settings.adversarial_weight * parts["adversarial"]
+            self._made = reconstruction.detach().float()
         return total, {key: value.detach() for key, value in parts.items()}
 
+    def opponent_loss(self, opponent: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the discriminator on the reconstruction of the last `loss`, and on what it was made of."""
+        assert self._made is not None
+        return adversarial.opponent_loss(opponent, self._made, batch["image"])
+
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Return PSNR (dB, range 1), the mean absolute error in the soft-tissue window (HU), and 1 / std of the latent."""
-        device = next(network.parameters()).device
-        squared, soft, spread = [], [], []
-        for volume in self.held:
-            whole = volume[tuple(slice(0, n // 4 * 4) for n in volume.shape)]
-            image = torch.from_numpy(intensity(whole.astype(np.float32)))[None, None].to(device)
-            mean, _ = network.encode(image)  # type: ignore[operator]
-            made = network.decode(mean).float()  # type: ignore[operator]
-            squared.append(float((made - image).square().mean()))
-            inside = (image > 0.4) & (image < 0.65)
-            soft.append(float(((made - image).abs()[inside]).mean()) * 2000)
-            spread.append(float(mean.float().std()))
-        psnr = -10 * math.log10(float(np.mean(squared)))
-        return {"score": float(np.mean(soft)) - psnr, "psnr_db": psnr, "soft_mae_hu": float(np.mean(soft)),
-                "inverse_std": 1 / float(np.mean(spread))}  # fmt: skip
+        """Return PSNR (dB, range 1), SSIM, the mean absolute error in the soft-tissue window (HU), and 1 / std of the latent."""
+        found = [judge(network, case, self.settings) for case in self.held]
+        means = {name: float(np.mean([each.figures[name] for each in found])) for name in ("squared", "ssim", "latent_std")}
+        psnr = -10 * math.log10(means["squared"])
+        made = {"psnr_db": psnr, "ssim": means["ssim"], "inverse_std": 1 / means["latent_std"]}
+        soft = [each.figures["soft_mae_hu"] for each in found if "soft_mae_hu" in each.figures]
+        if soft:
+            made["soft_mae_hu"] = float(np.mean(soft))
+        return {"score": made.get("soft_mae_hu", 0.0) - psnr, **made}
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the one part."""
@@ -193,20 +210,6 @@ def noise_latents(decoder_input: nn.Module, share: float) -> None:
         return (latent + deviation.to(latent.dtype) * torch.randn_like(latent),)
 
     decoder_input.register_forward_pre_hook(add_noise)
-
-
-def _load(path: Path | None, name: str) -> NDArray[np.int16]:
-    if path is None:
-        raise UsageError(f"case {name} has no image", hint="give every case of the list an image")
-    return np.clip(read_image(path).array, -1024, 3000).astype(np.int16)
-
-
-def _crop(volume: NDArray[np.int16], size: tuple[int, int, int], rng: np.random.Generator) -> NDArray[np.int16]:
-    if any(n < want for n, want in zip(volume.shape, size, strict=True)):
-        widths = [(0, max(0, want - n)) for n, want in zip(volume.shape, size, strict=True)]
-        volume = np.pad(volume, widths, constant_values=-1000)
-    start = [int(rng.integers(n - want + 1)) for n, want in zip(volume.shape, size, strict=True)]
-    return volume[tuple(slice(s, s + want) for s, want in zip(start, size, strict=True))]
 
 
 def task(settings: TrainSettings, data: Path) -> VaeTask:
