@@ -59,8 +59,9 @@ class Case:
 
 def cases(asked: argparse.Namespace) -> Iterator[Case]:
     """Yield the lines that are asked for, those that ratios are to first in their group."""
-    import train_step
     from maisi_cli.geometry import parse_size
+
+    import train_step
 
     for size, window, splits, overlap in rows(asked):
         common = {"size": size, "device": asked.device, "overlap": overlap, "cap_gib": asked.memory_cap, "rounds": asked.rounds}

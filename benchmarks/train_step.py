@@ -36,8 +36,8 @@ def step(what: str, side: str, size: tuple[int, int, int], device: str) -> tuple
     """
     from maisi_cli import networks
     from maisi_cli.catalog import model
-    from maisi_cli.testing import filled
     from maisi_cli.fast_training import trainable
+    from maisi_cli.testing import filled
 
     spec, ours = model(MODEL), side.startswith("maisi")
     found: dict[str, Any] = {}

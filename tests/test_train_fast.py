@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maisi_cli.catalog import NetworkSpec
 from maisi_cli.catalog import model as find_model
+from maisi_cli.fast_training import Conv3d, Halved, norm_silu, trainable
 from maisi_cli.networks import binarise, build
 from maisi_cli.testing import filled, tiny_model
-from maisi_cli.fast_training import Conv3d, Halved, norm_silu, trainable
 from maisi_cli.train.recompute import recompute
 from torch import Tensor, nn
 from torch.nn import functional
