@@ -56,8 +56,6 @@ def test_what_a_preset_says_of_its_memory_is_what_is_planned(name: str) -> None:
     settings = settings_from(kind_of(name), name)
     spec, again = model(settings.model), settings.recompute
     figures = estimates.train_step(spec, settings.kind, parse_size(size), batch=settings.batch_size, checkpointing=again)
-        model(settings.model), settings.kind, parse_size(size), batch=settings.batch_size, checkpointing=settings.recompute
-    )
     assert figures is not None
     assert figures.peak_gib == pytest.approx(said, abs=0.06)
     assert figures.peak_gib * (1 + estimates.MARGIN) + 1 < float(name.rsplit("-", 1)[1].removesuffix("g"))
