@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py --quick      # two cores, minutes
     python benchmarks/train_step.py --what vae --size 64x64x64 --rounds 4
-    python benchmarks/train_step.py --what controlnet --size 128x128x128
+    python benchmarks/train_step.py --what unet controlnet --size 128x128x64
 
 Networks are those of `rflow-ct` at full width with the same random weights on every side: MONAI's modules as they come in float32,
 the same under autocast to bfloat16 (on CUDA as well), and `maisi_cli.fast_training` under the same autocast. A step is a forward pass,
@@ -24,7 +24,7 @@ import torch
 
 MODEL = "rflow-ct"
 SIDES = ("MONAI, fp32", "MONAI, autocast", "maisi")
-QUICK = {"vae": "32x32x32", "unet": "64x64x64", "controlnet": "64x64x64"}
+QUICK = {"vae": "32x32x32", "unet": "128x128x64", "controlnet": "128x128x64"}
 FULL = {"vae": "64x64x64", "unet": "128x128x128", "controlnet": "128x128x128"}
 Step = Callable[[], Any]
 
