@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maisi_cli.catalog import NetworkSpec
 from maisi_cli.catalog import model as find_model
-from maisi_cli.fast_training import Conv3d, Halved, norm_silu, trainable
+from maisi_cli.fast_training import Conv3d, Halved, norm_silu, pays, trainable
 from maisi_cli.networks import binarise, build
 from maisi_cli.testing import filled, tiny_model
 from maisi_cli.train.recompute import recompute
@@ -210,3 +210,12 @@ def test_compiled_it_is_the_same(specs: dict[str, NetworkSpec]) -> None:
     value, found = gradients(lambda vae: loss(torch.compile(vae, backend="aot_eager")), *ours)
     assert value == pytest.approx(expected, rel=1e-4)
     assert apart(wanted, found) < 1e-3
+
+
+def test_it_is_used_where_it_pays() -> None:
+    spec = find_model("nano-ct")
+    vae, unet = (build(spec.networks[part]) for part in ("vae", "unet"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert pays(vae, cpu)
+    assert not pays(unet, cpu)
+    assert pays(unet, cuda)
