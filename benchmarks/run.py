@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --quick                                   # two cores, small sizes, five minutes
     python benchmarks/run.py --device cuda --out benchmarks/RESULTS.md # a GPU: every published row of the reference
+    python benchmarks/run.py --quick --groups train                    # steps of training; see train_step.py for more of it
     python benchmarks/run.py --device cuda --rows 512x512x512 --memory-cap 8
 
 Networks are those of `rflow-ct` at full width with random weights. Every line is a process of its own, so that its peak is its own:
@@ -58,6 +59,10 @@ class Case:
 
 def cases(asked: argparse.Namespace) -> Iterator[Case]:
     """Yield the lines that are asked for, those that ratios are to first in their group."""
+    from maisi_cli.geometry import parse_size
+
+    import train_step
+
     for size, window, splits, overlap in rows(asked):
         common = {"size": size, "device": asked.device, "overlap": overlap, "cap_gib": asked.memory_cap, "rounds": asked.rounds}
         if "decode" in asked.groups:
@@ -68,9 +73,9 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
                 yield Case(group="denoise", side="MONAI, autocast", **common)
             yield Case(group="denoise", side="maisi", **common)
     if "train" in asked.groups:
-        size = (48, 48, 32) if asked.quick else (64, 64, 64)
-        for side in ("MONAI, fp32", "MONAI, autocast", "maisi, autocast"):
-            yield Case(group="train", side=side, size=size, device=asked.device, rounds=asked.rounds)
+        for part, size in {part: parse_size(text) for part, text in (train_step.QUICK if asked.quick else train_step.FULL).items()}.items():
+            for side in train_step.SIDES:
+                yield Case(group=f"train {part}", side=side, size=size, device=asked.device, cap_gib=asked.memory_cap, rounds=asked.rounds)
     if "latents" in asked.groups:
         size = (256, 256, 128) if asked.quick else (512, 512, 512)
         for side in ("nibabel, float32 .nii.gz", "maisi, float16 .npy"):
@@ -126,6 +131,7 @@ def measured(case: Case, kept: Path) -> dict[str, Any]:
         from maisi_cli import inference
 
         inference.free_at_once()
+    group = case.group.split()[0]
     run = {
         "decode": decoding_call,
         "denoise": denoising_call,
@@ -133,7 +139,7 @@ def measured(case: Case, kept: Path) -> dict[str, Any]:
         "latents": latents_call,
         "write": writing_call,
         "fid": fid_call,
-    }[case.group](case)
+    }[group](case)
     if case.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -290,29 +296,12 @@ def denoising_call(case: Case) -> Call:
 
 
 def training_call(case: Case) -> Call:
-    """Return what makes a training step of the autoencoder, forward and backward: reconstruction and KL, no optimiser."""
-    import torch
-    from maisi_cli import networks
-    from maisi_cli.catalog import model
-    from maisi_cli.train.losses import distance, kl_divergence
+    """Return what makes one step of training, whose loss is compared; warming up is done before."""
+    import train_step
 
-    device = torch.device(case.device)
-    torch.manual_seed(0)
-    vae = networks.build(model(MODEL).networks["vae"], fast=case.side.startswith("maisi")).to(device)
-    image = torch.rand(1, 1, *case.size, generator=torch.Generator().manual_seed(1)).to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled="autocast" in case.side)
-
-    def run() -> Any:
-        vae.zero_grad(set_to_none=True)
-        torch.manual_seed(2)
-        with autocast:
-            made, mean, sigma = vae(image)
-            loss = distance(made, image, "l1") + 1e-7 * kl_divergence(mean, sigma)
-        loss.backward()
-        return float(loss.detach())
-
+    run, _ = train_step.step(case.group.split()[1], case.side, case.size, case.device)
     run()
-    return run
+    return lambda: float(run())
 
 
 def latents_call(case: Case) -> Call:

@@ -1,14 +1,15 @@
 """Write `maisi_cli/data/estimates.json`: traces of every stage of every model, as linear functions of the volume.
 
-    python benchmarks/trace_memory.py            # a few minutes on one core; needs no GPU and no weights
+    python benchmarks/trace_memory.py                # a few minutes on one core; needs no GPU and no weights
+    python benchmarks/trace_memory.py --only train-  # what is of these stages anew, the rest as it is
 
 Each entry is fitted to traces at several sizes (least squares of the relative deviation); the largest deviation is printed and stored.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,15 @@ def _resident(spec: catalog.ModelSpec) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="those of the catalog")
+    parser.add_argument("--only", metavar="PREFIX", help="trace the stages that begin so, and keep the other entries of the table")
+    asked = parser.parse_args()
     writer = Writer()
-    for name in sys.argv[1:] or ("rflow-ct", "ddpm-ct", "rflow-mr", "rflow-mr-brain", "nano-ct"):
+    if asked.only:
+        kept = json.loads(Path(estimates.TABLE).read_text("utf-8"))["entries"]
+        writer.entries = {key: entry for key, entry in kept.items() if not key.startswith(asked.only)}
+    for name in asked.models or ("rflow-ct", "ddpm-ct", "rflow-mr", "rflow-mr-brain", "nano-ct"):
         trace_model(name, writer)
     source = f"python benchmarks/trace_memory.py; maisi {__version__}, torch {torch.__version__}"
     text = json.dumps({"schema": "maisi.estimates/1", "source": source, "entries": writer.entries}, indent=1)

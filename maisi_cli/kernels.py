@@ -94,17 +94,21 @@ class Moments:
         assert self.first is not None
         return self.centre.double() + self.first / self.count
 
-    def affine(self, norm: nn.GroupNorm, *, silu: bool) -> Affine:
-        """Return what `norm` does to a volume of these moments (Wu and He 2018)."""
+    def statistics(self, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+        """Return the mean of each group and the inverse of its deviation (groups,), in float64."""
         assert self.first is not None
         assert self.second is not None
         apart = self.first / self.count
-        groups = self.mean().reshape(norm.num_groups, -1)
-        within = (self.second / self.count - apart.square()).reshape(norm.num_groups, -1).mean(dim=1, keepdim=True)
-        centre = groups.mean(dim=1, keepdim=True)
-        deviation = (within.clamp(min=0) + (groups - centre).square().mean(dim=1, keepdim=True) + norm.eps).rsqrt()
-        scale = deviation.expand_as(groups).reshape(-1) * norm.weight.double()
-        shift = norm.bias.double() - centre.expand_as(groups).reshape(-1) * scale
+        means = self.mean().reshape(groups, -1)
+        within = (self.second / self.count - apart.square()).reshape(groups, -1).mean(dim=1)
+        centre = means.mean(dim=1)
+        return centre, (within.clamp(min=0) + (means - centre[:, None]).square().mean(dim=1) + eps).rsqrt()
+
+    def affine(self, norm: nn.GroupNorm, *, silu: bool) -> Affine:
+        """Return what `norm` does to a volume of these moments (Wu and He 2018)."""
+        centre, deviation = self.statistics(norm.num_groups, norm.eps)
+        scale = deviation.repeat_interleave(norm.num_channels // norm.num_groups) * norm.weight.double()
+        shift = norm.bias.double() - centre.repeat_interleave(norm.num_channels // norm.num_groups) * scale
         return Affine(scale=scale.float(), shift=shift.float(), silu=silu)
 
 

@@ -24,7 +24,9 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_c
 from . import inference, networks, streaming
 from .catalog import ModelSpec, NetworkSpec
 from .estimates import TRAINING_GIB, Figures, slab_planes
+from .fast_training import trainable
 from .geometry import Size
+from .kernels import LAYOUT
 from .planning import Plan
 from .settings import GenerateSettings
 
@@ -119,6 +121,8 @@ def transformed(func: Any, inputs: list[Tensor], made: list[Tensor]) -> int:
     """
     if func._overloadpacket not in _CONVOLUTIONS or inputs[0].dim() != 5 or not made:
         return 0
+    if not inputs[0].is_contiguous() and inputs[0].is_contiguous(memory_format=LAYOUT):
+        return 0
     copied = 0 if inputs[0].is_contiguous() else size_of(inputs[0])
     return size_of(inputs[0]) + size_of(made[0]) + copied
 
@@ -132,12 +136,14 @@ _FULL = {functional.interpolate, functional.group_norm, torch.group_norm, functi
 class Autocast(TorchFunctionMode):
     """CUDA autocast to float16 as torch's table has it (ATen/autocast_mode.h), for the functions that these networks call.
 
-    The table interpolates in float32. Weights that were cast are kept, as autocast keeps them.
+    The table interpolates in float32, except where modules leave autocast for it. Weights that were cast are kept, as autocast
+    keeps them.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float16, *, interpolates: bool = True) -> None:
         super().__init__()
         self.dtype = dtype
+        self.full = _FULL if interpolates else _FULL - {functional.interpolate}
         self._weights: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,7 +151,7 @@ class Autocast(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and torch.is_grad_enabled():
             inputs = [*args, *(kwargs[key] for key in ("query", "key", "value")[len(args) :])][:3]
             return _FusedAttention.apply(*(self._cast(each, self.dtype) for each in inputs))
-        to = self.dtype if func in _HALF else torch.float32 if func in _FULL else None
+        to = self.dtype if func in _HALF else torch.float32 if func in self.full else None
         if to is not None:
             args = tuple(self._cast(each, to) for each in args)
             kwargs = {key: self._cast(each, to) for key, each in kwargs.items()}
@@ -282,16 +288,18 @@ def train_step(spec: ModelSpec, kind: str, voxels: Sequence[int], *, fast: bool 
     """Trace a training step in mixed precision, and add both moments of Adam.
 
     `voxels` are the latent's of a diffusion model (`dm`) or ControlNet, the patch's of a `vae`. With `fast=False` the modules are
-    MONAI's as they come, and convolutions transform their layout, as in the reference.
+    MONAI's as they come, and convolutions transform their layout, as in the reference; else those of `fast_training`.
     """
     names = {"dm": ["unet"], "controlnet": ["unet", "controlnet"], "vae": ["vae"]}[kind]
     found: dict[str, Any] = {}
-    cast = Autocast(torch.float16 if not fast else torch.bfloat16)
+    cast = Autocast(torch.bfloat16, interpolates=False) if fast else Autocast()
     for name in names:
         described = spec.networks[name]
         if "use_flash_attention" in described.arguments:
             described = dataclasses.replace(described, arguments={**described.arguments, "use_flash_attention": True})
         found[name] = _built(described, fast=fast)
+        if fast:
+            trainable(found[name])
         if checkpointing:
             inference.recompute(found[name], lambda: cast)  # going back runs outside of the mode
     if kind == "controlnet":

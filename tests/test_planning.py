@@ -165,12 +165,13 @@ def test_large_volumes_fit_small_cards(size, memory, peak):
 
 
 def test_training_at_512_cubed_takes_less_than_half_of_the_reference_s():
+    """39 GiB are published for it; with fused norms 18 are enough, and 11 where blocks are computed again."""
     geometry = CHEST.resized((512, 512, 512))
-    small = planning.training(model("rflow-ct"), "dm", geometry, card(24.0))
-    assert small.choice("checkpointing") is True
-    assert small.fits is True
-    assert small.stages[0].peak_gib < 18 < 39
-    assert planning.training(model("rflow-ct"), "dm", geometry, card(80.0)).choice("checkpointing") is False
+    for memory, again, most in ((24.0, False, 18), (16.0, True, 11)):
+        made = planning.training(model("rflow-ct"), "dm", geometry, card(memory))
+        assert made.choice("checkpointing") is again
+        assert made.fits is True
+        assert made.stages[0].peak_gib < most
 
 
 @usual

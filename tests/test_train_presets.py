@@ -54,7 +54,8 @@ def test_what_a_preset_says_of_its_memory_is_what_is_planned(name: str) -> None:
     size = summary.split("volumes to ")[1].split(",")[0]
     said = float(summary.split(", ")[-1].split(" GiB")[0])
     settings = settings_from(kind_of(name), name)
-    figures = estimates.train_step(model(settings.model), settings.kind, parse_size(size), checkpointing=settings.recompute)
+    spec, again = model(settings.model), settings.recompute
+    figures = estimates.train_step(spec, settings.kind, parse_size(size), batch=settings.batch_size, checkpointing=again)
     assert figures is not None
     assert figures.peak_gib == pytest.approx(said, abs=0.06)
     assert figures.peak_gib * (1 + estimates.MARGIN) + 1 < float(name.rsplit("-", 1)[1].removesuffix("g"))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import MaisiError, UsageError
 from ..events import Note, OnEvent, Saved, Stage, Step, Stopped, ignore
+from ..fast_training import pays, trainable
 from ..team import Team
 from ..weights import save_state
 from .distributed import SharedNoise, accelerated, part_of, whole
@@ -115,8 +116,10 @@ def _prepared(task: Task, settings: TrainSettings, accelerator: Accelerator) -> 
     device = accelerator.device
     network = task.network.to(device)
     task.to(device)
-    if settings.recompute:
-        for module in {id(each): each for each in (network, *vars(task).values()) if isinstance(each, nn.Module)}.values():
+    for module in {id(each): each for each in (network, *vars(task).values()) if isinstance(each, nn.Module)}.values():
+        if settings.fast and pays(module, device):
+            trainable(module)
+        if settings.recompute:
             recompute(module)
     optimiser = optimiser_for(settings, network.parameters(), device)
     prepared, optimiser = accelerator.prepare(network, optimiser)

@@ -41,6 +41,7 @@ class TrainSettings:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     precision: str = "no"
+    fast: bool = True
     recompute: bool = False
     compile: bool = False
     on_nan: str = "skip"

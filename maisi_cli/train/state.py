@@ -32,8 +32,8 @@ from .tracking import LOG
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 SCHEMA = "maisi.train/2"
-FREE = ("steps", "max_minutes", "validate_every", "preview_every", "save_every", "keep_last", "trackers", "on_nan", "recompute", "device",
-        "init", "unet", "vae")  # fmt: skip
+FREE = ("steps", "max_minutes", "validate_every", "preview_every", "save_every", "keep_last", "trackers", "on_nan", "fast", "recompute",
+        "device", "init", "unet", "vae")  # fmt: skip
 """Settings that may change when a run goes on: how long, how often and where; of starting weights the content counts."""
 
 _SCALARS = ("step", "draws", "spoiled", "elapsed_s", "best", "validated")
