@@ -204,7 +204,8 @@ def test_files_are_the_released_ones_with_their_published_hashes(name):
         assert weight.git_sha1 is None or len(weight.git_sha1) == 40
         assert weight.path.startswith("datasets/" if weight.part == "data" else "models/")
     parts = [weight.part for weight in spec.weights if weight.part != "data"]
-    assert sorted(parts) == sorted(spec.networks)
+    unreleased = {"controlnet"} if name == "rflow-mr" else set()  # it can be trained
+    assert sorted(parts) == sorted(set(spec.networks) - unreleased)
 
 
 def test_weight_files_are_about_as_large_as_published():

@@ -189,6 +189,24 @@ def test_patches_are_parts_of_the_bodies_and_never_flipped(folder: Path) -> None
         assert any(np.array_equal(windows[i, j, k], patch) for i, j, k in np.ndindex(*windows.shape[:3]))
 
 
+def test_learning_begins_with_how_frequent_labels_are(folder: Path) -> None:
+    """The last bias alone says so: a network whose last weights are zero gives each channel its share of the bodies' voxels."""
+    task = MaskVaeTask(settings_of(folder), folder / "data")
+    last = [module for module in task.network.decoder.modules() if isinstance(module, torch.nn.Conv3d)][-1]  # type: ignore[union-attr]
+    torch.nn.init.zeros_(last.weight)
+    made, _, sigma = task.network(torch.zeros(1, 8, 8, 8, 8))
+    channels = task.table[torch.from_numpy(np.stack([body.labels for body in task.bodies])).long()]
+    shares = torch.bincount(channels.reshape(-1), minlength=125).clamp(min=1).double()
+    found = made[0].softmax(dim=0).detach().reshape(125, -1).double()
+    assert torch.allclose(found, (shares / shares.sum())[:, None].expand_as(found), rtol=1e-2)
+    assert float(sigma.detach().log().mean()) == pytest.approx(-4, abs=1)
+
+
+def test_weights_to_start_from_stay_as_they_are(folder: Path, weights: Path) -> None:
+    task = MaskVaeTask(settings_of(folder, init=str(weights)), folder / "data")
+    assert all(torch.equal(task.network.state_dict()[key], value.float()) for key, value in load_file(weights).items())
+
+
 def test_slab_by_slab_gives_what_the_whole_network_gives(folder: Path) -> None:
     task = MaskVaeTask(settings_of(folder), folder / "data")
     labels = torch.from_numpy(task.bodies[0].labels)[None, None]

@@ -115,10 +115,23 @@ def told_of_lost(bodies: Iterable[Body]) -> list[str]:
     return [f"labels without a channel become body: {', '.join(lost)}"] if lost else []
 
 
+def channel_voxels(bodies: Sequence[Body]) -> NDArray[np.float64]:
+    """Return the voxels of each channel over some bodies."""
+    table = channel_table()
+    counts: NDArray[np.int64] = np.sum([body.counts for body in bodies], axis=0)
+    return np.bincount(table, weights=counts, minlength=int(table.max()) + 1)
+
+
+def channel_shares(bodies: Sequence[Body]) -> NDArray[np.float64]:
+    """Return the share of each channel in some bodies, not less than that of one voxel in them."""
+    voxels = np.maximum(channel_voxels(bodies), 1)
+    shares: NDArray[np.float64] = voxels / voxels.sum()
+    return shares
+
+
 def channel_weights(bodies: Sequence[Body], balance: float) -> NDArray[np.float32]:
     """Return a weight for each channel: (the median organ's voxels / its own) to the power `balance`, 0.1 to 10; 1 for what is nowhere."""
-    table = channel_table()
-    voxels = np.bincount(table, weights=np.sum([body.counts for body in bodies], axis=0), minlength=int(table.max()) + 1)
+    voxels = channel_voxels(bodies)
     there = voxels > 0
     weights = np.ones(len(voxels), np.float32)
     weights[there] = np.clip((np.median(voxels[there]) / voxels[there]) ** balance, 0.1, 10)
