@@ -366,7 +366,7 @@ CANNOT = [
     ("generate --preset brain-t1-axial --mode image --out new", "rflow-mr-brain is not installed", "maisi models pull rflow-mr-brain"),
     ("generate --model unweighted.toml --size 32 --spacing 12 --out new", "elsewhere.safetensors is missing", "[[weights]] of unweighted"),
     ("models pull rflow-ct", "NVIDIA Open Model License", "maisi models pull rflow-ct --accept-license"),
-    ("models pull rflow-mr --accept-license --commercial", "does not allow commercial use", "use ddpm-ct, nano-ct, rflow-ct"),
+    ("models pull rflow-mr --accept-license --commercial", "does not allow commercial use", "use ddpm-ct, nano-ct, nano-mask, rflow-ct"),
     ("models pull rflow-ct --accept-license --offline", "nothing is fetched offline", "maisi models import"),
     ("models verify rflow-ct", "model rflow-ct is not installed", "maisi models pull rflow-ct"),
     ("models export rflow-ct", "model rflow-ct is not installed", "maisi models pull rflow-ct"),

@@ -25,7 +25,7 @@ from .golden import CPU, FP32, Golden, Shared, case, close, networks, spec
 TABLES = [
     ("rflow-ct", "real_rflow", ("vae", "unet", "controlnet", "mask_vae", "mask_unet")),
     ("ddpm-ct", "real_ddpm", ("vae", "unet", "controlnet", "mask_vae", "mask_unet")),
-    ("rflow-mr", "real_rflow", ("vae", "unet")),
+    ("rflow-mr", "real_rflow", ("vae", "unet", "controlnet")),
     ("rflow-mr-brain", "real_rflow", ("vae", "unet")),
 ]
 TABLE_OF = {"vae": "autoencoder_def", "unet": "diffusion_unet_def", "controlnet": "controlnet_def",
@@ -59,7 +59,15 @@ def test_full_size_networks_have_the_keys_and_shapes_of_the_released_ones(
 def test_every_model_that_is_not_our_own_is_held_against_a_table() -> None:
     described = {path.name for path in (files("maisi_cli") / "data" / "models").iterdir() if path.name.endswith(".toml")}
     features = {f"{spec.name}.toml" for spec in extractors()}  # test_features.py looks at these
-    assert described - features - {"nano-ct.toml"} == {f"{name}.toml" for name, _, _ in TABLES}
+    assert described - features - {"nano-ct.toml", "nano-mask.toml"} == {f"{name}.toml" for name, _, _ in TABLES}
+
+
+def test_nano_mask_is_nano_ct_with_mask_networks() -> None:
+    nano, mask = model("nano-ct"), model("nano-mask")
+    assert {part: mask.networks[part] for part in nano.networks} == nano.networks
+    assert set(mask.networks) - set(nano.networks) == {"mask_vae", "mask_unet"}
+    assert [mask.weight_path(weight) for weight in mask.weights] == [nano.weight_path(weight) for weight in nano.weights]
+    assert (mask.limits, mask.scheduler, mask.defaults, mask.lesions) == (nano.limits, nano.scheduler, nano.defaults, nano.lesions)
 
 
 @pytest.mark.parametrize("family", ["rflow", "ddpm"])

@@ -183,7 +183,7 @@ def test_generate_writes_pairs_and_resumes(plugged: None, tmp_path: Path, monkey
     assert record["outputs"]["series"]["bytes"] == sum(path.stat().st_size for path in Path("run/s0_dicom").iterdir())
     assert list(synthesis.generate(**settings, resume=True)) == []
 
-    monkeypatch.setattr(synthesis._Run, "make", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(synthesis._Run, "start", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "run" / "s0_record.json").unlink()
     with pytest.raises(UsageError, match=r"s0_(rtstruct\.dcm|dicom) already exists"):
         list(synthesis.generate(**{**settings, "format": "rtstruct"}))
@@ -209,7 +209,7 @@ def test_what_a_format_cannot_hold_is_refused_before_the_work(
         "mode": mode,
     }
     begun: list[object] = []
-    monkeypatch.setattr(synthesis._Run, "make", lambda *job: begun.append(job))
+    monkeypatch.setattr(synthesis._Run, "start", lambda *job: begun.append(job))
     fits = {"dicom": {"paired", "mask", "image"}, "dicom-ct": {"paired", "image"}}.get(format, {"paired", "mask"})
     if mode not in fits:
         with pytest.raises(UsageError, match="needs samples with"):
