@@ -119,7 +119,7 @@ def channel_voxels(bodies: Sequence[Body]) -> NDArray[np.float64]:
     """Return the voxels of each channel over some bodies."""
     table = channel_table()
     counts: NDArray[np.int64] = np.sum([body.counts for body in bodies], axis=0)
-    return np.bincount(table, weights=counts, minlength=int(table.max()) + 1)
+    return np.bincount(table, weights=counts, minlength=int(table.max()) + 1).astype(np.float64)
 
 
 def channel_shares(bodies: Sequence[Body]) -> NDArray[np.float64]:
