@@ -403,6 +403,29 @@ def test_openvino_says_what_pytorch_says(precision: str, spec: ModelSpec, openvi
     assert {"openvino", "processor", "torch"} == set(record["unet"]["environment"])
 
 
+_SIGNALLED = """
+import faulthandler, gc, os, pathlib, signal, sys
+import torch
+from maisi_cli.engines import openvino
+faulthandler.enable()  # as pytest does: the main thread has a stack for signals of its own
+got = []
+signal.signal(signal.SIGTERM, lambda number, _frame: got.append(number))
+folder, device = pathlib.Path(sys.argv[1]), torch.device("cpu")
+openvino.build(torch.nn.Conv3d(1, 2, 3), {"input": torch.zeros(1, 1, 4, 4, 4)}, folder, "fp32", device)
+runs = [openvino.load(folder, "fp32", device) for _ in range(3)]
+for _ in range(3):
+    runs.pop(0)([torch.zeros(1, 1, 4, 4, 4)])
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGTERM)
+assert len(got) == 3
+"""
+
+
+def test_a_signal_after_openvino_reaches_its_handler(openvino: None, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _SIGNALLED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_openvino_is_compiled_once_and_sends_nothing(spec: ModelSpec, openvino: None, tmp_path: Path) -> None:
     events: list[Any] = []
     keep = making.Engines(events.append)

@@ -6,6 +6,7 @@ torch's.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,10 +48,9 @@ def build(
 def load(folder: Path, precision: str, _device: torch.device) -> Run:
     """Compile what `build` wrote for this processor. Raises `CannotRun` where it does not compute in `precision`."""
     with quiet():
-        core = library().Core()
         settings = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
                     "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
-        compiled = core.compile_model(folder / "model.xml", "CPU", settings)
+        compiled = _core().compile_model(folder / "model.xml", "CPU", settings)
     used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if used != _HINTS[precision]:
         raise CannotRun(f"OpenVINO computes in {used} on this processor, not in {precision}", hint="use --dtype fp32, or --engine torch")
@@ -64,6 +64,16 @@ def load(folder: Path, precision: str, _device: torch.device) -> Run:
         return [torch.from_numpy(made[k]) for k in range(count)]
 
     return run
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the one `Core` of this process, which is never freed.
+
+    Its plugin gives the thread a stack for signals. Several that are freed in another order than they were made leave a stack
+    that is gone, and the next signal, Ctrl-C too, ends the process.
+    """
+    return library().Core()
 
 
 def library() -> Any:
