@@ -19,12 +19,14 @@ import pytest
 import torch
 from maisi_cli.errors import CannotRun, MaisiError, UsageError
 from maisi_cli.events import Event, Note, Step, Stopped, ignore
+from maisi_cli.geometry import Geometry
 from maisi_cli.plugins import plugins
 from maisi_cli.team import Team
 from maisi_cli.train import loop, tracking
 from maisi_cli.train.optimisation import average_into, optimiser_for
 from maisi_cli.train.settings import TrainSettings
 from maisi_cli.train.state import Identity, Learner, restore, save
+from maisi_cli.volumes import Mask, Volume
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
@@ -73,7 +75,9 @@ class Toy:
     def preview(self, network: nn.Module) -> dict[str, Any]:
         self.previewed.append(float(torch.rand(())))  # leaves no trace
         level = float(network(torch.ones(1, 8)))
-        return {"a ramp": np.linspace(-1000, 1000, 8 * 9 * 10).reshape(8, 9, 10) + level, "labels": np.ones((8, 9, 10), np.uint8)}
+        ramp = np.linspace(-1000, 1000, 8 * 9 * 10, dtype=np.float32).reshape(8, 9, 10) + np.float32(level)
+        grid = Geometry(size=(8, 9, 10), spacing=(1.0, 2.0, 3.0))
+        return {"a ramp": Volume(array=ramp, geometry=grid), "labels": Mask(array=np.ones((8, 9, 10), np.uint8), geometry=grid)}
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {"toy": dict(tensors), "twin": dict(tensors)}

@@ -20,12 +20,12 @@ from maisi_cli import cli, networks
 from maisi_cli.errors import UsageError
 from maisi_cli.testing import tiny_model
 from maisi_cli.train import TrainSettings, adversarial, patches, train
-from maisi_cli.train.data import make_phantoms, read_list
-from maisi_cli.train.evaluation import Evaluation, Judged, evaluate, judge, ms_ssim
+from maisi_cli.train.data import make_phantoms, read_list, split
+from maisi_cli.train.evaluation import Evaluation, Judged, evaluate, judge, ms_ssim, reconstructed
 from maisi_cli.train.losses import distance, kl_divergence
 from maisi_cli.train.perceptual import Perceptual
 from maisi_cli.train.vae import VaeTask
-from maisi_cli.volumes import read_image
+from maisi_cli.volumes import read_image, read_mask
 from maisi_cli.weights import load_state, save_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -305,6 +305,60 @@ def test_eval_only_judges_held_out_cases_and_writes_a_table(folder: Path, tmp_pa
     save_state(tmp_path / "other.safetensors", {"strange": torch.zeros(1)}, metadata={}, half=False)
     assert cli.run([*line, "--init", str(tmp_path / "other.safetensors"), "--force"]) == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--resume", "auto"), ("--accumulate", "2"), ("--keep-last", "2"), ("--overfit", "1"), ("--gpus", "2")]
+)
+def test_eval_only_refuses_what_is_for_training(
+    option: str, value: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "vae", "--data", str(folder / "data"), "--out", str(tmp_path / "out"), "--eval-only"]
+    assert cli.run([*line, option, value]) == 2
+    assert f"--eval-only trains nothing, and {option} is for training" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_organs_are_judged_at_the_spacing_that_is_asked_for(folder: Path) -> None:
+    """Labels go with their image: the mean error of an organ is that of the resampled image inside the resampled label."""
+    settings = settings_of(folder)
+    case = split(read_list(folder / "data"), 0)[1][0]
+    network = VaeTask(settings, folder / "data").network.eval()
+    spacing = tuple(2 * mm for mm in case.spacing_mm)
+    coarse = dataclasses.replace(settings, spacing_type="fixed", spacing=spacing)
+    organs = judge(network, case, coarse, thorough=True).organs
+    assert {1, 200} <= set(organs)
+    found = reconstructed(network, case, coarse)
+    assert found.spacing_mm == pytest.approx(spacing)
+    labels = read_mask(case.label).array[1::2, 1::2, 1::2]  # voxel centres at twice the spacing lie between these and their neighbours
+    assert labels.shape == found.source.array.shape
+    apart = (found.made - found.image)[0, 0].abs().numpy()[labels == 1].mean() * 2000
+    assert organs[1] == pytest.approx(float(apart), rel=0.05)
+
+
+def test_an_autoencoder_is_judged_as_if_it_ran_on_the_whole_volume(folder: Path) -> None:
+    """Slabs give what `encode` and `decode` give."""
+    settings = settings_of(folder)
+    case = split(read_list(folder / "data"), 0)[1][0]
+    network = VaeTask(settings, folder / "data").network.eval()
+    found = reconstructed(network, case, settings)
+    with torch.no_grad():
+        mean, _ = network.encode(found.image)  # type: ignore[operator]
+        whole = network.decode(mean)  # type: ignore[operator]
+    assert found.latent_std == pytest.approx(float(mean.std()), rel=1e-5)
+    torch.testing.assert_close(found.made, whole, rtol=0, atol=1e-4 * float(whole.max() - whole.min()))
+
+
+def test_the_discriminator_learns_from_its_own_loss_alone(folder: Path) -> None:
+    task = VaeTask(settings_of(folder, adversarial_weight=0.1, crops=((32, 32, 32),)), folder / "data")
+    batch = task.batch(np.random.default_rng(0))
+    assert task.opponent is not None
+    loss, _ = task.loss(task.network, batch)
+    loss.backward()
+    assert all(weight.grad is None for weight in task.opponent.parameters())
+    assert any(weight.grad is not None for weight in task.network.parameters())
+    task.opponent_loss(task.opponent, batch)[0].backward()
+    assert all(weight.grad is not None for weight in task.opponent.parameters())
 
 
 def test_an_evaluation_averages_over_cases() -> None:

@@ -76,6 +76,8 @@ def vae(
 ) -> None:  # fmt: skip
     """Train the autoencoder that turns volumes into latents and back; or judge one."""
     if eval_only:
+        _refuse_training({"--resume": resume, "--accumulate": accumulate, "--keep-last": keep_last, "--overfit": overfit,
+                          "--gpus": None if gpus == "1" else gpus})  # fmt: skip
         _evaluate(data, out, preset, init, set_, force=force, as_json=as_json)
         return
     _train("vae", data, out, preset, {"init": init}, set_, resume, force, as_json, gpus,
@@ -138,6 +140,16 @@ def mask_dm(
     """Train the diffusion model of label maps, which is told how large ten organs and tumours are."""
     _train("mask-dm", data, out, preset, {"init": init, "vae": vae}, set_, resume, force, as_json, gpus,
            {"accumulate": accumulate, "keep_last": keep_last, "overfit": overfit})  # fmt: skip
+
+
+def _refuse_training(options: Mapping[str, Any]) -> None:
+    """Refuse the options of training where nothing is trained."""
+    from ..errors import UsageError
+
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"--eval-only trains nothing, and {' and '.join(given)} {'is' if len(given) == 1 else 'are'} for training",
+                         hint=f"leave out {' and '.join(given)}, or --eval-only")  # fmt: skip
 
 
 def _evaluate(

@@ -16,8 +16,9 @@ from ..errors import UsageError
 from ..networks import binarise, build, fitting
 from ..repair import without_lesions
 from ..tumors import hosts
+from ..volumes import Mask, Volume
 from ..weights import load_state
-from . import contrastive, vocabulary
+from . import contrastive, previews, vocabulary
 from .diffusion import DiffusionTask, Encoded, latent_list, load_cases
 from .lists import read_list, split
 from .losses import distance
@@ -116,7 +117,8 @@ class ControlNetTask(DiffusionTask):
         return ("controlnet", "unet") if self.settings.train_unet else ("controlnet",)
 
     def to(self, device: torch.device) -> None:
-        """Move the frozen diffusion model; lay the condition's convolutions, of few channels, out as a CPU likes them."""
+        """Move the frozen networks; lay the condition's convolutions, of few channels, out as a CPU likes them."""
+        super().to(device)
         self.unet.to(device)
         if device.type == "cpu":
             self.controlnet.controlnet_cond_embedding.to(memory_format=torch.channels_last_3d)  # type: ignore[operator, union-attr, call-overload]
@@ -178,6 +180,10 @@ class ControlNetTask(DiffusionTask):
             if inside is not None:
                 found["weighted"] = inside
         return found
+
+    def told(self, case: Encoded) -> dict[str, Volume | Mask]:
+        """Return the labels that the image is to follow."""
+        return {f"{case.id}: labels": previews.mask_of(case.labels, case.spacing_mm)}
 
     def _inside(self, network: nn.Module) -> float | None:
         device = next(network.parameters()).device

@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..catalog import ModelSpec, modality
+from ..catalog import Modality, ModelSpec, modality
 from ..catalog import model as find_model
 from ..errors import UsageError
 from ..networks import build, fitting
 from ..sampling import ddpm_alphas
+from ..volumes import Mask, Volume
 from ..weights import load_state
+from . import previews
 from .data import Case, read_list, split
 from .lists import Regions, data_hashes
 from .losses import distance
@@ -32,7 +34,7 @@ VALIDATED = (100.0, 350.0, 650.0, 900.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One case on disk, mapped to memory: latent (C, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality id.
+    """One case on disk, mapped to memory: latent (C, x, y, z) float16, labels (4x, 4y, 4z) uint8, spacing in mm, modality.
 
     `regions` are the one-hot rows (4,) of its top and its bottom body region, where the list has them.
     """
@@ -41,7 +43,7 @@ class Encoded:
     latent: NDArray[np.float16]
     labels: NDArray[np.uint8]
     spacing_mm: tuple[float, float, float]
-    modality: int
+    modality: Modality
     regions: Regions | None = None
 
 
@@ -65,7 +67,7 @@ def load_cases(cases: Sequence[Case], *, labelled: bool = False) -> list[Encoded
         if size != labels.shape:
             raise UsageError(f"case {case.id}: labels {labels.shape} are not 4 times the latent {latent.shape[1:]}",
                              hint="encode the list again")  # fmt: skip
-        loaded.append(Encoded(id=case.id, latent=latent, labels=labels, spacing_mm=case.spacing_mm, modality=modality(case.modality).id,
+        loaded.append(Encoded(id=case.id, latent=latent, labels=labels, spacing_mm=case.spacing_mm, modality=modality(case.modality),
                               regions=case.regions))  # fmt: skip
     return loaded
 
@@ -168,9 +170,13 @@ class DiffusionTask:
             if state.scale_factor is not None:  # fine-tuning keeps the scale of the weights it starts from
                 self.scale = state.scale_factor
                 self.notes.append(f"scale factor {self.scale:.4f} as in {settings.init}, not that of these latents")
+        made_by = {case.vae_sha256 for case in [*training, *held] if case.vae_sha256}
+        self.shown_by = previews.autoencoder(settings, self.spec, made_by) if settings.preview_every else None
 
     def to(self, device: torch.device) -> None:
-        """Nothing frozen to move."""
+        """Move the frozen autoencoder of the previews."""
+        if self.shown_by is not None:
+            self.shown_by.to(device)
 
     def batch(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Draw whole volumes of one size (a share `whole_share`) or one of `crops`, in latent voxels.
@@ -195,7 +201,7 @@ class DiffusionTask:
             latent, label = _whole(case) if crop is None else max((_cut(case, crop, rng) for _ in range(2)), key=_body_voxels)
             latents.append(latent.astype(np.float32))
             labels.append(np.asarray(label)[None])
-        classes = [generalised(case.modality, rng, share=self.generalise, dropout=self.dropout) for case in cases]
+        classes = [generalised(case.modality.id, rng, share=self.generalise, dropout=self.dropout) for case in cases]
         made = {
             "ids": [case.id for case in cases],
             "latent": torch.from_numpy(np.stack(latents)) * self.scale,
@@ -265,8 +271,29 @@ class DiffusionTask:
     def held_batch(self, case: Encoded, device: torch.device) -> dict[str, Any]:
         """Return a whole held-out case as a batch, with its own modality."""
         batch = self._stack([case], None, np.random.default_rng(0))
-        batch["class"] = torch.full_like(batch["class"], case.modality)
+        batch["class"] = torch.full_like(batch["class"], case.modality.id)
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def preview(self, network: nn.Module) -> dict[str, Volume | Mask]:
+        """Return what is made of fixed noise, told what held-out cases are."""
+        shown: dict[str, Volume | Mask] = {}
+        device = next(network.parameters()).device
+        for seed, case in enumerate(self.held[: previews.CASES]):
+            batch = self.held_batch(case, device)
+
+            def denoise(x: Tensor, times: Tensor, batch: Mapping[str, Any] = batch) -> Tensor:
+                return self.predict(network, x, times, batch)
+
+            latent = previews.sampled(denoise, batch["latent"].shape, seed=seed, ddpm=self.ddpm, device=device) / self.scale
+            shown |= self.told(case)
+            shown[f"{case.id}: made of the noise of seed {seed}"] = previews.image_of(
+                self.shown_by, latent, case.spacing_mm, case.modality.name
+            )
+        return shown
+
+    def told(self, case: Encoded) -> dict[str, Volume | Mask]:
+        """Return what is shown beside the image of a held-out case: nothing, as the model is told no place."""
+        return {}
 
     @property
     def parts(self) -> tuple[str, ...]:

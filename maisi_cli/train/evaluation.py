@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import streaming
 from ..anatomy import maisi
 from ..catalog import model as find_model
 from ..errors import UsageError
 from ..events import OnEvent, Stage, Step, ignore
 from ..files import refuse_overwriting, write_atomic
+from ..geometry import Triple
 from ..networks import build, device_named, fitting
 from ..weights import load_state
 from .lists import Case, read_list, split
@@ -40,6 +41,32 @@ class Judged:
     organs: Mapping[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconstruction:
+    """A case and what an autoencoder gives back of its part `where`: intensities (1, 1, X, Y, Z) float32."""
+
+    source: Source
+    where: tuple[slice, slice, slice]
+    image: Tensor
+    made: Tensor
+    latent_std: float
+
+    @property
+    def spacing_mm(self) -> Triple:
+        """Voxel size."""
+        return self.source.geometry.spacing
+
+
+def reconstructed(network: Any, case: Case, settings: TrainSettings) -> Reconstruction:
+    """Encode a case and decode the mean of its latent: the whole volume slab by slab, a central patch, or in windows."""
+    source = read(case, settings)
+    where = _part(source.array.shape, settings)
+    image = torch.from_numpy(source.intensities(source.array[where]))[None, None].to(next(network.parameters()).device)
+    with torch.no_grad():
+        made, std = _both_ways(network, image, settings)
+    return Reconstruction(source=source, where=where, image=image, made=made, latent_std=std)
+
+
 def judge(
     network: Any, case: Case, settings: TrainSettings, *, perceptual: Perceptual | None = None, thorough: bool = False
 ) -> Judged:  # fmt: skip
@@ -50,13 +77,10 @@ def judge(
     """
     from monai.metrics.regression import SSIMMetric
 
-    device = next(network.parameters()).device
-    source = read(case, settings)
-    where = _part(source.array.shape, settings)
-    image = torch.from_numpy(source.intensities(source.array[where]))[None, None].to(device)
+    found = reconstructed(network, case, settings)
+    made, image, source = found.made, found.image, found.source
     with torch.no_grad():
-        made, std = _reconstructed(network, image, settings)
-        figures = {"squared": float((made - image).square().mean()), "latent_std": std}
+        figures = {"squared": float((made - image).square().mean()), "latent_std": found.latent_std}
         if min(image.shape[2:]) >= 11:
             figures["ssim"] = float(torch.as_tensor(SSIMMetric(spatial_dims=3, data_range=1.0)(made, image)).mean())
         else:
@@ -69,7 +93,7 @@ def judge(
                 figures["soft_mae_hu"] = float((made - image).abs()[inside].mean()) * HU
         if thorough:
             figures["ms_ssim"] = ms_ssim(made, image)
-    organs = _organs(case, source, where, (made - image)[0, 0].cpu().numpy()) if thorough and source.kind == "ct" else {}
+    organs = _organs(case, found) if thorough and source.kind == "ct" else {}
     return Judged(id=case.id, modality=case.modality, figures=figures, organs=organs)
 
 
@@ -81,15 +105,19 @@ def _part(shape: Sequence[int], settings: TrainSettings) -> tuple[slice, slice, 
     return x, y, z
 
 
-def _reconstructed(network: Any, image: Tensor, settings: TrainSettings) -> tuple[Tensor, float]:
+def _both_ways(network: Any, image: Tensor, settings: TrainSettings) -> tuple[Tensor, float]:
     """Return the reconstruction in float32, and the deviation of the latent."""
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+
     stds: list[float] = []
+    sharded = hasattr(next(network.parameters()), "full_tensor")  # its own methods gather what other processes hold
+    slabs = isinstance(network, AutoencoderKlMaisi) and not sharded
 
     def run(part: Tensor) -> Tensor:
-        mean, _ = network.encode(part)
+        mean = streaming.encoded(network, part) if slabs else network.encode(part)[0]
         stds.append(float(mean.float().std()))
-        made: Tensor = network.decode(mean).float()
-        return made
+        made: Tensor = torch.cat(list(streaming.decoded(network, mean)), dim=2) if slabs else network.decode(mean)
+        return made.float()
 
     if settings.val_window is None:
         return run(image), stds[0]
@@ -120,13 +148,14 @@ def ms_ssim(made: Tensor, image: Tensor) -> float:
     return float(torch.as_tensor(metric(made, image)).mean())
 
 
-def _organs(case: Case, source: Source, where: tuple[slice, slice, slice], apart: NDArray[Any]) -> dict[int, float]:
-    labels = labels_of(case)
-    if labels is None or labels.shape != source.array.shape:
+def _organs(case: Case, found: Reconstruction) -> dict[int, float]:
+    labels = labels_of(case, found.source.geometry)
+    if labels is None:
         return {}
-    inside = labels[where].reshape(-1)
+    apart = (found.made - found.image)[0, 0].abs().cpu().numpy()
+    inside = labels[found.where].reshape(-1)
     count = np.bincount(inside, minlength=256)
-    total = np.bincount(inside, weights=np.abs(apart).reshape(-1), minlength=256)
+    total = np.bincount(inside, weights=apart.reshape(-1), minlength=256)
     return {int(label): float(total[label] / count[label]) * HU for label in np.flatnonzero(count) if label}
 
 

@@ -20,10 +20,12 @@ from .. import streaming
 from ..catalog import model as find_model
 from ..errors import UsageError
 from ..files import write_atomic
+from ..masks.denoising import to_labels
 from ..masks.sizes import ABSENT, FILE, SLOTS
 from ..networks import binarise, build, fitting
+from ..volumes import Mask, Volume
 from ..weights import load_state
-from . import bodies, mask_model
+from . import bodies, mask_model, previews
 from .diffusion import VALIDATED, diffuse, start_from
 from .lists import data_hashes, read_list, split
 from .losses import distance
@@ -39,7 +41,8 @@ Latent = NDArray[np.float16]
 class MaskDiffusionTask:
     """Regression of the noise in the latents of bodies; a share `size_dropout` of the sizes is told as absent.
 
-    The bodies are encoded once the device is known (`to`), and only their latents stay.
+    The bodies are encoded once the device is known (`to`), and only their latents stay; the autoencoder too where previews
+    are asked for.
     """
 
     name = "mask_unet"
@@ -50,7 +53,7 @@ class MaskDiffusionTask:
             raise UsageError("train mask-dm needs the mask autoencoder's weights", hint="add --vae FILE")
         self.settings = settings
         self.spec = find_model(settings.model)
-        bodies.cube(self.spec)
+        self.grid = bodies.cube(self.spec)
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(self.spec.networks["mask_unet"])
         path = Path(settings.vae)
@@ -84,12 +87,12 @@ class MaskDiffusionTask:
 
     def to(self, device: torch.device) -> None:
         """Encode the bodies."""
-        if self.vae is None:
+        if self.vae is None or self.latents:
             return
         vae = self.vae.to(device)
         latents = [encoded(vae, body, device) for body in self.packed]
         self.latents, self.held = latents[: len(self.ids)], latents[len(self.ids) :]
-        self.vae, self.packed = None, []
+        self.vae, self.packed = vae if self.settings.preview_every else None, []
         kept = "as in the weights it starts from"
         if not self.scale:
             self.scale, kept = scale_factor(self.latents), f"over {len(self.latents)} bodies"
@@ -134,6 +137,23 @@ class MaskDiffusionTask:
                 losses.setdefault(time, []).append(float(distance(self.predict(network, diffuse(x, noise, at), at, told), noise, "l2")))
         means = {f"t{int(time)}": float(np.mean(values)) for time, values in losses.items()}
         return {"score": float(np.mean(list(means.values()))), **means}
+
+    def preview(self, network: nn.Module) -> dict[str, Volume | Mask]:
+        """Return the bodies that are made of fixed noise, told the sizes of held-out ones."""
+        shown: dict[str, Volume | Mask] = {}
+        device = next(network.parameters()).device
+        for seed, (name, sizes) in enumerate(zip(self.held_ids[: previews.CASES], self.held_vectors, strict=False)):
+            told = torch.tensor([sizes], dtype=torch.float32, device=device)
+
+            def denoise(x: Tensor, times: Tensor, told: Tensor = told) -> Tensor:
+                return self.predict(network, x, times, told)
+
+            latent = previews.sampled(denoise, (1, *self.held[seed].shape), seed=seed, ddpm=True, device=device) / self.scale
+            channels = torch.cat([slab[0].argmax(dim=0) for slab in streaming.decoded(self.vae, latent)])
+            shown[f"noise of seed {seed}, with the sizes of {name}"] = previews.mask_of(
+                to_labels(channels.cpu().numpy()), self.grid.spacing
+            )
+        return shown
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the one part."""

@@ -20,8 +20,11 @@ from .. import streaming
 from ..anatomy import maisi, remap_table
 from ..catalog import model as find_model
 from ..errors import UsageError
+from ..masks.denoising import to_labels
 from ..networks import binarise, build
+from ..volumes import Mask, Volume
 from ..weights import load_state
+from . import previews
 from .bodies import Body, channel_shares, channel_table, channel_weights, cube, read_bodies, told_of_lost
 from .diffusion import start_from
 from .lists import data_hashes, read_list, split
@@ -45,7 +48,8 @@ class MaskVaeTask:
 
         self.settings = settings
         spec = find_model(settings.model)
-        _check_crops(settings.crops, cube(spec).size)
+        self.grid = cube(spec)
+        _check_crops(settings.crops, self.grid.size)
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(spec.networks["mask_vae"])
         # start with a narrow posterior (sigma = exp(-4)): learning does not begin under noise as strong as the latent
@@ -96,6 +100,16 @@ class MaskVaeTask:
         self.dice = {maisi().name_of(names[channel]): float(np.mean(values)) for channel, values in sorted(found.items())}
         mean = float(np.mean(list(self.dice.values())))
         return {"score": 1 - mean, "dice": mean, "worst_dice": min(self.dice.values()), "labels": float(len(self.dice))}
+
+    def preview(self, network: nn.Module) -> dict[str, Volume | Mask]:
+        """Return held-out bodies, and what is given back of them."""
+        shown: dict[str, Volume | Mask] = {}
+        device = next(network.parameters()).device
+        for body in self.held[: previews.CASES]:
+            channels = self.channels_of(network, torch.from_numpy(body.labels)[None, None].to(device))
+            shown[body.id] = previews.mask_of(body.labels, self.grid.spacing)
+            shown[f"{body.id}: given back"] = previews.mask_of(to_labels(channels.cpu().numpy()), self.grid.spacing)
+        return shown
 
     @staticmethod
     def channels_of(network: Any, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from ..catalog import modality
 from ..errors import UsageError
 from ..geometry import Geometry, Size
-from ..volumes import Volume, onto, read_image, read_mask
+from ..volumes import Volume, onto, read_image, read_mask, resample_labels
 from .encoding import intensity
 from .lists import Case
 from .settings import TrainSettings
@@ -35,6 +35,7 @@ class Source:
     id: str
     kind: str
     array: NDArray[Any]
+    geometry: Geometry
 
     def intensities(self, part: NDArray[Any]) -> NDArray[np.float32]:
         """Return what the network is shown for a part of the array."""
@@ -82,8 +83,8 @@ def read(case: Case, settings: TrainSettings) -> Source:
         volume = respaced(volume, settings.spacing)
     array = volume.array
     if kind == "ct":
-        return Source(id=case.id, kind=kind, array=np.clip(array, -1024, 3000).astype(np.int16))
-    return Source(id=case.id, kind="mr", array=intensity(array, "mr").astype(np.float16))
+        return Source(id=case.id, kind=kind, array=np.clip(array, -1024, 3000).astype(np.int16), geometry=volume.geometry)
+    return Source(id=case.id, kind="mr", array=intensity(array, "mr").astype(np.float16), geometry=volume.geometry)
 
 
 def respaced(volume: Volume, spacing: Sequence[float]) -> Volume:
@@ -92,12 +93,13 @@ def respaced(volume: Volume, spacing: Sequence[float]) -> Volume:
     return onto(volume, volume.geometry.resized((size[0], size[1], size[2])))
 
 
-def labels_of(case: Case, geometry: Geometry | None = None) -> NDArray[np.uint8] | None:
-    """Return the label map of a case, where it has one on the grid of its image."""
+def labels_of(case: Case, geometry: Geometry) -> NDArray[np.uint8] | None:
+    """Return the label map of a case on the grid of its image, each voxel the nearest; None where it has none of that field of view."""
     if case.label is None or case.label.suffix == ".npy":
         return None
     mask = read_mask(case.label)
-    return mask.array if geometry is None or mask.geometry.size == geometry.size else None
+    same = all(abs(a - b) <= c for a, b, c in zip(mask.geometry.fov_mm, geometry.fov_mm, geometry.spacing, strict=True))
+    return resample_labels(mask, geometry.size).array if same else None
 
 
 def _crop(source: Source, size: Size, rng: np.random.Generator) -> NDArray[Any]:

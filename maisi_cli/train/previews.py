@@ -1,38 +1,55 @@
-"""Pictures of what a network makes while it learns: the three planes of every volume, one below the other."""
+"""Pictures of what a network makes while it learns: the three planes of every volume, one below the other.
+
+The autoencoders show held-out cases and what they give back, the diffusion models what they make of fixed noise.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
+from .. import streaming
+from ..catalog import ModelSpec
+from ..decoding import to_hu
+from ..errors import UsageError
 from ..files import write_atomic
-from ..geometry import Geometry
+from ..geometry import Geometry, Triple
+from ..networks import build, fitting
 from ..preview import BACKGROUND, FAINT, strip
+from ..sampling import adams_bashforth_2, ddim, ddpm_schedule, flow_schedule, initial_noise
 from ..volumes import Mask, Volume
+from ..weights import load_state
+from .settings import TrainSettings
 
 FOLDER = "previews"
 WIDTH_PX = 768
 CAPTION_PX = 20
+CASES = 2
+"""How many held-out cases are shown."""
+STEPS = 10
+"""Evaluations of a diffusion model for each image."""
 
 
-def save_previews(volumes: Mapping[str, NDArray[Any]], out: Path, step: int) -> Path:
-    """Write one PNG of named volumes (x, y, z), images in HU or masks in uint8; return its path."""
+def save_previews(shown: Mapping[str, Volume | Mask], out: Path, step: int) -> Path:
+    """Write one PNG of named images and masks; return its path."""
     path = out / FOLDER / f"step_{step:08d}.png"
     buffer = io.BytesIO()
-    montage(volumes).save(buffer, format="PNG", compress_level=6)
+    montage(shown).save(buffer, format="PNG", compress_level=6)
     write_atomic(path, buffer.getvalue())
     return path
 
 
-def montage(volumes: Mapping[str, NDArray[Any]]) -> Image.Image:
+def montage(shown: Mapping[str, Volume | Mask]) -> Image.Image:
     """Return the pictures below each other, each with its name above."""
-    strips = {name: _strip(array) for name, array in volumes.items()}
+    strips = {name: _strip(each) for name, each in shown.items()}
     height = sum(picture.height + CAPTION_PX for picture in strips.values())
     made = Image.new("RGB", (max(picture.width for picture in strips.values()), height), BACKGROUND)
     pen, font, y = ImageDraw.Draw(made), ImageFont.load_default(13), 0
@@ -43,9 +60,61 @@ def montage(volumes: Mapping[str, NDArray[Any]]) -> Image.Image:
     return made
 
 
-def _strip(array: NDArray[Any]) -> Image.Image:
-    x, y, z = array.shape
-    geometry = Geometry(size=(x, y, z), spacing=(1.0, 1.0, 1.0))
-    if array.dtype == np.uint8:
-        return strip(None, Mask(array=array, geometry=geometry), width=WIDTH_PX)
-    return strip(Volume(array=array.astype(np.float32), geometry=geometry), None, width=WIDTH_PX)
+def _strip(item: Volume | Mask) -> Image.Image:
+    return strip(item, None, width=WIDTH_PX) if isinstance(item, Volume) else strip(None, item, width=WIDTH_PX)
+
+
+def autoencoder(settings: TrainSettings, spec: ModelSpec, encoded_by: Collection[str]) -> nn.Module:
+    """Load the frozen autoencoder `train.vae`, with which a diffusion model of images shows what it makes.
+
+    `encoded_by` are the SHA-256 of the autoencoders that made the latents, where they are known. Raises `UsageError` without
+    `train.vae`, and for another than theirs.
+    """
+    if settings.vae is None:
+        raise UsageError(
+            "previews of latents need the autoencoder that made them", hint="add --set train.vae=FILE, or train.preview_every=0"
+        )
+    path = Path(settings.vae)
+    state = load_state(path)
+    if encoded_by and state.sha256 not in encoded_by:
+        raise UsageError(f"the latents were not made by {path}", hint="set train.vae to the autoencoder that encoded them")
+    made = build(spec.networks["vae"])
+    made.load_state_dict({key: value.float() for key, value in fitting(made, state.tensors, path).items()})
+    return made.requires_grad_(False).eval()
+
+
+def sampled(denoise: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int], *, seed: int, ddpm: bool, device: torch.device) -> Tensor:
+    """Return a latent of `shape` (1, C, x, y, z), made of the noise of a seed in `STEPS` evaluations of `denoise(x, times)`.
+
+    A flow's by second-order Adams-Bashforth, DDPM's by DDIM.
+    """
+
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        return denoise(x, t.to(device).reshape(1))
+
+    noise = initial_noise(shape, seed).to(device)
+    if ddpm:
+        return ddim(answer, noise, ddpm_schedule(STEPS))
+    return adams_bashforth_2(answer, noise, flow_schedule(STEPS, tuple(shape[2:])))
+
+
+def image_of(vae: Any, latent: Tensor, spacing_mm: Triple, modality: str) -> Volume:
+    """Return the image that an autoencoder makes of a latent, slab by slab."""
+    return volume_of(torch.cat([slab[0, 0].float() for slab in streaming.decoded(vae, latent)]), spacing_mm, modality)
+
+
+def volume_of(intensities: Tensor, spacing_mm: Triple, modality: str) -> Volume:
+    """Return intensities (X, Y, Z) as an image in HU or MR units."""
+    array = to_hu(intensities[None, None], modality)
+    return Volume(array=array, geometry=_grid(array.shape, spacing_mm), modality=modality)
+
+
+def mask_of(labels: NDArray[np.uint8] | Tensor, spacing_mm: Triple) -> Mask:
+    """Return labels (X, Y, Z) as a mask."""
+    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, np.uint8)
+    return Mask(array=array, geometry=_grid(array.shape, spacing_mm))
+
+
+def _grid(shape: Sequence[int], spacing_mm: Triple) -> Geometry:
+    x, y, z = shape
+    return Geometry(size=(x, y, z), spacing=spacing_mm)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..catalog import model as find_model
 from ..networks import build
+from ..volumes import Mask, Volume
 from ..weights import load_state
-from . import adversarial
+from . import adversarial, previews
 from .data import data_hashes, read_list, split
 from .diffusion import start_from
-from .evaluation import judge
+from .evaluation import judge, reconstructed
 from .losses import distance, edge_distance, kl_divergence, window
 from .patches import Volumes
 from .perceptual import Perceptual
@@ -93,7 +94,9 @@ class VaeTask:
             parts["perceptual"] = self.perceptual(reconstruction.float(), image)
             total = total + settings.perceptual_weight * parts["perceptual"]
         if self.opponent is not None:
+            self.opponent.requires_grad_(False)  # it learns from its own loss alone
             parts["adversarial"] = adversarial.least_squares(adversarial.judged(self.opponent, reconstruction.float()), True)
+            self.opponent.requires_grad_(True)
             total = total + settings.adversarial_weight * parts["adversarial"]
             self._made = reconstruction.detach().float()
         return total, {key: value.detach() for key, value in parts.items()}
@@ -113,6 +116,15 @@ class VaeTask:
         if soft:
             made["soft_mae_hu"] = float(np.mean(soft))
         return {"score": made.get("soft_mae_hu", 0.0) - psnr, **made}
+
+    def preview(self, network: nn.Module) -> dict[str, Volume | Mask]:
+        """Return held-out cases, and what is given back of them."""
+        shown: dict[str, Volume | Mask] = {}
+        for case in self.held[: previews.CASES]:
+            found = reconstructed(network, case, self.settings)
+            shown[case.id] = previews.volume_of(found.image[0, 0], found.spacing_mm, case.modality)
+            shown[f"{case.id}: given back"] = previews.volume_of(found.made[0, 0], found.spacing_mm, case.modality)
+        return shown
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the one part."""
