@@ -113,5 +113,10 @@ def to_hu(intensity: Tensor, modality: str) -> NDArray[np.float32]:
     """
     array: NDArray[np.float32] = intensity[0, 0].float().cpu().numpy()
     if find_modality(modality).kind == "ct":
-        return np.asarray(np.clip(array, 0, 1) * 2000 - 1000, dtype=np.float32)
-    return np.asarray(np.maximum(array, 0) * 1000, dtype=np.float32)
+        made = np.clip(array, 0, 1)
+        made *= 2000
+        made -= 1000
+        return made
+    made = np.maximum(array, 0)
+    made *= 1000
+    return made

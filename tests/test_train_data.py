@@ -666,6 +666,16 @@ def test_what_is_encoded_already_is_kept(tiny: Path, tmp_path: Path) -> None:
     assert all(value != before[name] for name, value in times(tmp_path / "out").items())
 
 
+def test_a_precision_that_is_asked_for_is_computed_in_and_recorded(tiny: Path, tmp_path: Path) -> None:
+    write(tmp_path / "list.json", images(tmp_path)[:1])
+    encoded(tmp_path, tiny)
+    whole = np.load(tmp_path / "out" / "p0_latent.npy").astype(np.float32)
+    encoded(tmp_path, tiny, dtype="bf16", force=True)
+    half = np.load(tmp_path / "out" / "p0_latent.npy").astype(np.float32)
+    assert json.loads((tmp_path / "out" / "p0_latent.json").read_text())["precision"] == "bf16"
+    assert 0 < np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
+
+
 def test_latents_of_another_vae_or_other_settings_are_not_replaced(tiny: Path, tmp_path: Path) -> None:
     rows = images(tmp_path)
     write(tmp_path / "list.json", rows)
@@ -676,6 +686,11 @@ def test_latents_of_another_vae_or_other_settings_are_not_replaced(tiny: Path, t
         encode(tmp_path / "list.json", out=tmp_path / "out", model=str(other), device="cpu")
     with pytest.raises(UsageError, match="encoded with size original, latent mean"):
         encoded(tmp_path, tiny, size="32x32x32")
+    with pytest.raises(UsageError, match="encoded in fp32, not bf16"):
+        encoded(tmp_path, tiny, dtype="bf16")
+    with pytest.raises(UsageError, match="no precision 'half'"):
+        encoded(tmp_path, tiny, dtype="half")
+    encoded(tmp_path, tiny, dtype="fp32")
     write(tmp_path / "list.json", rows[:2])
     with pytest.raises(UsageError, match="lists 1 cases more, such as p2"):
         encoded(tmp_path, tiny)

@@ -111,6 +111,7 @@ def encode(
     latent: Annotated[str, typer.Option("--latent", metavar="mean|sample", help="The posterior's mean, or a sample of it.")] = "mean",
     seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of --latent sample; a case's noise depends on it and the id alone.")] = 0,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="fp32, bf16 or fp16; auto: fp16 on CUDA, else fp32.")] = "auto",
     force: Force = False, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Encode images to latents, which `train dm` and `train controlnet` read.
@@ -127,8 +128,8 @@ def encode(
         if vae_file is not None and not vae_file.is_file():
             raise UsageError(f"--vae {vae_file} is not a file", hint="give the path of a .safetensors file")
         done = encode_lists(
-            data, vae_file, out=out, bases=base or (), model=model, size=size, latent=latent, seed=seed, device=device, force=force,
-            on_event=on_event,
+            data, vae_file, out=out, bases=base or (), model=model, size=size, latent=latent, seed=seed, device=device, dtype=dtype,
+            force=force, on_event=on_event,
         )  # fmt: skip
     output.say(f"{len(done.encoded)} encoded, {len(done.kept)} kept, {len(done.failed)} failed")
     if as_json:

@@ -197,6 +197,9 @@ def strange_labels(ids: Sequence[int], path: Path) -> str:
 # --- encoding -----------------------------------------------------------------------------------
 
 
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What an encoding made: its list, and the ids that were encoded, kept from before, and failed, with the error of each."""
@@ -217,16 +220,28 @@ class Outcome:
 
 def encode(
     data: str | Path, vae: str | Path | None = None, *, out: str | Path | None = None, model: str = "nano-ct", device: str = "auto",
-    size: str | Size | None = None, latent: str = "mean", seed: int = 0, force: bool = False, on_event: OnEvent = ignore,
+    dtype: str = "auto", size: str | Size | None = None, latent: str = "mean", seed: int = 0, force: bool = False,
+    on_event: OnEvent = ignore,
 ) -> Path:  # fmt: skip
     """Encode the images of a list with a VAE, by default to the posterior's mean; return the list of the latents.
 
-    `vae` is a safetensors file of weights; without it the model's own are used. `size`, `latent` and `seed` are those of
-    `Encoding`. Raises `Rejected` when a case could not be encoded, after all others were.
+    `vae` is a safetensors file of weights; without it the model's own are used. `dtype` is `fp32`, `bf16` or `fp16`; `auto` is
+    fp16 on CUDA and fp32 elsewhere. `size`, `latent` and `seed` are those of `Encoding`. Raises `Rejected` when a case could not
+    be encoded, after all others were.
     """
     folder = Path(out) if out else (Path(data) if Path(data).is_dir() else Path(data).parent)
     done = encode_lists(
-        [data], vae, out=folder, model=model, device=device, size=size, latent=latent, seed=seed, force=force, on_event=on_event
+        [data],
+        vae,
+        out=folder,
+        model=model,
+        device=device,
+        dtype=dtype,
+        size=size,
+        latent=latent,
+        seed=seed,
+        force=force,
+        on_event=on_event,
     )
     done.require_all()
     return done.list
@@ -234,21 +249,24 @@ def encode(
 
 def encode_lists(
     lists: Sequence[str | Path], vae: str | Path | None = None, *, out: str | Path, bases: Sequence[str | Path] = (),
-    model: str = "nano-ct", device: str = "auto", size: str | Size | None = None, latent: str = "mean", seed: int = 0,
-    force: bool = False, on_event: OnEvent = ignore,
+    model: str = "nano-ct", device: str = "auto", dtype: str = "auto", size: str | Size | None = None, latent: str = "mean",
+    seed: int = 0, force: bool = False, on_event: OnEvent = ignore,
 ) -> Outcome:  # fmt: skip
     """Encode the cases of one list or several, training and testing, into a folder; write their `latents.json`.
 
     A case that the same VAE encoded from the same files with the same settings is kept, unless `force`. Cases that cannot be
-    encoded are said as warnings, and left out of the list. Raises `UsageError` for latents there of another VAE or other settings.
+    encoded are said as warnings, and left out of the list. Raises `UsageError` for latents there of another VAE, other settings
+    or, where `dtype` is not `auto`, another precision.
     """
     from ..weights import locate
 
     spec = find_model(model)
     encoding = Encoding.chosen(spec, size, latent, seed)
+    if dtype not in DTYPES:
+        raise UsageError(f"there is no precision {dtype!r}", hint=f"use --dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     file = Path(vae) if vae is not None else locate(spec, ["vae"])["vae"]
     cases = read_lists(lists, bases=bases, sections=SECTIONS)
-    work = _Work(folder=Path(out), encoding=encoding, vae=file, vae_sha256=sha256_of(file), force=force)
+    work = _Work(folder=Path(out), encoding=encoding, vae=file, vae_sha256=sha256_of(file), dtype=dtype, force=force)
     work.refuse_others(cases)
     on_event(Stage(name="encode", detail=f"{len(cases)} cases"))
     rows: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
@@ -262,7 +280,7 @@ def encode_lists(
             side = read.side
             kept += [case.id] * (side is not None)
         if read is not None and side is None:
-            networks = networks or _load(spec, file, device)
+            networks = networks or _load(spec, file, device, dtype)
             with _collected(case, failed, on_event):
                 side = work.encode(case, read, networks)
                 encoded.append(case.id)
@@ -311,11 +329,11 @@ def _say_folds(rows: Sequence[Mapping[str, Any]], on_event: OnEvent) -> None:
         on_event(Note(text=f"the list holds out no case (fold {HELD_OUT}) or trains on none", level="warning"))
 
 
-def _load(spec: ModelSpec, file: Path, device: str) -> Networks:
+def _load(spec: ModelSpec, file: Path, device: str, dtype: str) -> Networks:
     from ..networks import Precision, device_named, load
 
     where = device_named(device)
-    precision = Precision.named("fp32" if where.type == "cpu" else "auto", where)
+    precision = Precision.named("fp32" if dtype == "auto" and where.type == "cpu" else dtype, where)
     return load(dataclasses.replace(spec, scale_factor=1.0), ["vae"], device=where, precision=precision, files={"vae": file})
 
 
@@ -356,6 +374,7 @@ class _Work:
     encoding: Encoding
     vae: Path
     vae_sha256: str
+    dtype: str
     force: bool
 
     def path(self, case: Case, what: str) -> Path:
@@ -387,6 +406,9 @@ class _Work:
             if found.get("encoding") != self.encoding.as_dict():
                 raise UsageError(f"{self.path(case, 'latent.npy')} already exists, encoded with {_words(found.get('encoding'))}",
                                  hint="add --force to replace it, or choose another --out")  # fmt: skip
+            if self.dtype not in ("auto", found.get("precision")):
+                raise UsageError(f"{self.path(case, 'latent.npy')} already exists, encoded in {found.get('precision')}, not {self.dtype}",
+                                 hint="add --force to replace it, or leave out --dtype")  # fmt: skip
 
     def sidecar(self, case: Case, sources: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is known of a latent that is there already; None where there is none, or another, or a damaged one."""

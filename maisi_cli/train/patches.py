@@ -59,8 +59,8 @@ class Volumes:
 
     def patch(self, size: Size, rng: np.random.Generator) -> tuple[str, NDArray[np.float32]]:
         """Return the id of a random case and a random patch of it, (X, Y, Z) of `size`; of up to four, one that is not mostly air."""
+        source = self[int(rng.integers(len(self)))]
         for _attempt in range(4):
-            source = self[int(rng.integers(len(self)))]
             part = _zoomed(source, size, rng, zoom=self.settings.random_aug and self.settings.spacing_type == "rand_zoom")
             shown = source.intensities(part)
             if (shown > 0.5).mean() > 0.15 or source.kind == "mr":
