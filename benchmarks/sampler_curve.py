@@ -209,40 +209,53 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 # --- plot -----------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 320, 56, 12, 34, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 320, 56, 60, 34, 40
 COLOURS = {"rflow": "#666666", "ab2": "#0072b2", "heun": "#e69f00", "dpm++": "#009e73", "unipc": "#cc79a7"}
 
 
 def plot(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Draw FID with its intervals, and the distance from the exact path, against network evaluations, as SVG."""
+    """Draw FID with the intervals of its differences, and the distance from the exact path, against network evaluations, as SVG."""
     head, *rest = lines
     floor = next((line for line in rest if line["sampler"] == "rendered"), None)
     points = sorted((line for line in rest if line["sampler"] != "rendered"), key=lambda line: line["evaluations"])
     if not points:
         raise UsageError("there is nothing to draw", hint="run it first")
     title = f"{head['model']}, {head['images']} images of {'x'.join(map(str, head['size']))}"
-    left = panel(points, "fid", f"FID ({head['features']}), 95 % interval", floor=floor["fid"] if floor else None)
+    aside = f'<tspan font-weight="normal">; phantoms, rendered: FID {floor["fid"]:.2f}</tspan>' if floor else ""
+    against = rival(points)
+    spans = [tuple(against["fid"] + each for each in difference(line, against)[1:]) if against else tuple(line["ci95"]) for line in points]
+    what = f"of the difference from rflow with {against['evaluations']}" if against else "of each"
+    left = panel(points, "fid", f"FID ({head['features']}), 95 % interval {what}", spans)
     solved = [line for line in points if line["path_error"] is not None]
     right = panel(solved, "path_error", "distance from the exact path, in standard deviations") if solved else ""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT + 24}" font-family="sans-serif" font-size="12">\n'
-            f'<rect width="100%" height="100%" fill="white"/>\n<text x="{LEFT}" y="16" font-weight="bold">{title}</text>\n'
+    wide = 2 * WIDTH if solved else WIDTH
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {HEIGHT + 24}" font-family="sans-serif" font-size="12">\n'
+            f'<rect width="100%" height="100%" fill="white"/>\n<text x="{LEFT}" y="16" font-weight="bold">{title}{aside}</text>\n'
             f'<g transform="translate(0 20)">\n{left}\n</g>\n<g transform="translate({WIDTH} 20)">\n{right}\n</g>\n</svg>\n')  # fmt: skip
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the lines as Markdown, with the difference of each FID from that of `rflow` with the most evaluations.
+def rival(points: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the line that others are compared with: `rflow` with the most evaluations."""
+    return max((line for line in points if line["sampler"] == "rflow"), key=lambda line: line["evaluations"], default=None)
 
-    Its 95 % interval is of the same resamples on both sides, so that what all images share falls out.
-    """
+
+def difference(line: Mapping[str, Any], against: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the difference of two FIDs with its 95 % interval, of the same resamples on both sides: what all images share falls out."""
+    value = line["fid"] - against["fid"]
+    drawn = np.subtract(line["resampled"], against["resampled"])
+    low, high = value + np.percentile(drawn, (2.5, 97.5)) - drawn.mean()
+    return value, float(low), float(high)
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the lines as Markdown, with the difference of each FID from that of `rflow` with the most evaluations."""
     points = [line for line in lines[1:] if line["sampler"] != "rendered"]
-    against = max((line for line in points if line["sampler"] == "rflow"), key=lambda line: line["evaluations"], default=None)
+    against = rival(points)
     rows = ["| sampler | evaluations | FID | less that of rflow | distance from the exact path |", "|---|---|---|---|---|"]
     for line in sorted(points, key=lambda line: (line["sampler"], line["evaluations"])):
         apart = ""
         if against is not None and line is not against:
-            value = line["fid"] - against["fid"]
-            drawn = np.subtract(line["resampled"], against["resampled"])
-            low, high = value + np.percentile(drawn, (2.5, 97.5)) - drawn.mean()
+            value, low, high = difference(line, against)
             apart = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
         low, high = line["ci95"]
         found = f"{line['fid']:.2f} ({low:.2f} to {high:.2f})"
@@ -251,9 +264,9 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def panel(points: Sequence[Mapping[str, Any]], key: str, title: str, floor: float | None = None) -> str:
-    """Draw one quantity, both axes logarithmic; `floor` is a dashed line."""
-    values = [value for line in points for value in (line[key], *(line["ci95"] if key == "fid" else ()))] + [floor or math.inf]
+def panel(points: Sequence[Mapping[str, Any]], key: str, title: str, spans: Sequence[tuple[float, ...]] = ()) -> str:
+    """Draw one quantity, both axes logarithmic; `spans` are the intervals of the points."""
+    values = [line[key] for line in points] + [value for span in spans for value in span]
     known = [value for value in values if 0 < value < math.inf]
     low, high = min(known) / 1.1, max(known) * 1.1
     if not known:
@@ -276,26 +289,27 @@ def panel(points: Sequence[Mapping[str, Any]], key: str, title: str, floor: floa
     for tick in ticks(low, high):
         out.append(f'<path d="M{LEFT} {up(tick)}H{WIDTH - RIGHT}" stroke="#dddddd"/>'
                    f'<text x="{LEFT - 6}" y="{up(tick) + 4}" text-anchor="end">{tick:g}</text>')  # fmt: skip
-    if floor is not None:
-        out.append(f'<path d="M{LEFT} {up(floor)}H{WIDTH - RIGHT}" stroke="black" stroke-dasharray="4 3"/>'
-                   f'<text x="{LEFT + 4}" y="{up(floor) - 4}">the same phantoms, rendered</text>')  # fmt: skip
     for k, name in enumerate(dict.fromkeys(line["sampler"] for line in points)):
         own, colour = [line for line in points if line["sampler"] == name], COLOURS.get(name, "#d55e00")
         path = " ".join(f"{across(line['evaluations'])},{up(line[key])}" for line in own)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for line, span in zip(points, spans, strict=False):
+            if line["sampler"] == name:
+                out.append(f'<path d="M{across(line["evaluations"])} {up(span[0])}V{up(span[1])}" stroke="{colour}" opacity="0.5"/>')
         for line in own:
             out.append(f'<circle cx="{across(line["evaluations"])}" cy="{up(line[key])}" r="3" fill="{colour}"/>')
-            if key == "fid":
-                x, (bottom, top) = across(line["evaluations"]) + 1.5 * (k - 2), line["ci95"]
-                out.append(f'<path d="M{x} {up(bottom)}V{up(top)}" stroke="{colour}" opacity="0.5"/>')
-        out.append(f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 14 + 15 * k}" text-anchor="end" fill="{colour}">{name}</text>')
+        out.append(f'<text x="{WIDTH - RIGHT + 8}" y="{TOP + 14 + 15 * k}" fill="{colour}">{name}</text>')
     return "\n".join(out)
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten between two values."""
+    """Return 1, 2 and 5 times powers of ten between two values, or where those are few, round numbers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= tick <= high]
+    found = [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= tick <= high]
+    if len(found) > 2 or not low < high:
+        return found
+    step = 2 * 10.0 ** math.floor(math.log10((high - low) / 2))
+    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

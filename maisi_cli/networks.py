@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .devices import default_dtype
 from .errors import CannotRun, UsageError
 from .graphs import Captured
 from .kernels import LAYOUT
+
+if TYPE_CHECKING:
+    from .weights import State
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,6 +37,9 @@ _CLASSES = {
     "resnet50": ("maisi_cli.backbones", "ResNet50"),
     "squeezenet1_1": ("maisi_cli.backbones", "SqueezeNet"),
 }
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +57,9 @@ class Precision:
         """
         if name == "auto":
             name = default_dtype(device.type)
-        known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        if name not in known:
+        if name not in DTYPES:
             raise UsageError(f"there is no precision {name!r}", hint="use --dtype auto, fp32, bf16 or fp16")
-        return cls(name=name, dtype=known[name])
+        return cls(name=name, dtype=DTYPES[name])
 
 
 def device_named(name: str) -> torch.device:
@@ -327,8 +332,6 @@ def load(
 
     Raises `UsageError` naming keys that are missing, not expected, or of another shape.
     """
-    from .weights import load_state
-
     if device.type == "cpu":
         inference.free_at_once()
     modules: dict[str, nn.Module] = {}
@@ -338,13 +341,10 @@ def load(
     for part in parts:
         if part not in model.networks:
             raise UsageError(f"model {model.name} has no {part}", hint=f"see  maisi models show {model.name}")
-        network = build(model.networks[part], fast=fast)
-        state = load_state(files[part], layouts.get(part, "safetensors"))
-        _fill(network, state.tensors, files[part])
+        network, state = frozen(model.networks[part], files[part], layouts.get(part, "safetensors"), fast=fast)
         hashes[part] = state.sha256
         if part in ("unet", "mask_unet") and state.scale_factor is not None:
             scale = state.scale_factor
-        network.requires_grad_(False).eval()
         modules[part] = inference.laid_out(network, precision.dtype, device) if fast else network.to(device)
     if scale is None:
         raise UsageError(f"model {model.name} has no scale factor", hint="add scale_factor to its file or to the unet weights")
@@ -352,7 +352,20 @@ def load(
                     cuda_graphs=cuda_graphs)  # fmt: skip
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def frozen(spec: NetworkSpec, path: Path, layout: str = "safetensors", *, fast: bool = True) -> tuple[nn.Module, State]:
+    """Build a network in float32 with the weights of a file, that does not learn; return it and what the file holds.
+
+    Raises `UsageError` naming keys that do not fit.
+    """
+    from .weights import load_state
+
+    network, state = build(spec, fast=fast), load_state(path, layout)
+    fill(network, state.tensors, path)
+    return network.requires_grad_(False).eval(), state
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights of a file. Raises `UsageError` naming keys that do not fit."""
     network.load_state_dict({key: value.float() for key, value in fitting(network, tensors, path).items()})
 
 

@@ -24,6 +24,7 @@ ENVIRONMENT_PREFIX = "MAISI_"
 # environment variables that are not settings of generate
 _OTHER_VARIABLES = {"MAISI_HOME", "MAISI_DEBUG", "MAISI_LOAD_PLUGINS", "MAISI_TRACE_PLUGINS", "MAISI_CONFIG", "MAISI_OFFLINE"}
 PROJECT_FILE = "maisi.toml"
+PRECISIONS = ("fp32", "bf16", "fp16")
 MANIFEST_ROW, MASK_FOLDER = "manifest row ", "folder of masks: "
 LARGEST_SIZE = 20  # of an anatomy size; the released mask networks saw up to 16.5
 LONGEST_NAME = 200  # bytes; file systems take 255, and _image.nii.gz and a temporary ending are added
@@ -240,7 +241,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "steps": _whole(1, 1000), "count": _whole(1), "seed": _whole(0, 2**63 - 1), "format": _formats, "preview": _truth,
     "keep_latent": _truth, "force": _truth, "resume": _truth, "decoder": _one_of("auto", "exact", "window"),
     "sweeps": _one_of("auto", "store", "half", "recompute"),
-    "window": _window, "overlap": _number(0, 1), "device": _device, "cuda_graphs": _truth, "dtype": _one_of("auto", "fp32", "bf16", "fp16"),
+    "window": _window, "overlap": _number(0, 1), "device": _device, "cuda_graphs": _truth, "dtype": _one_of("auto", *PRECISIONS),
     "engine": _one_of("torch", "openvino", "aoti", "trt"), "trt": _one_of("require", "prefer", "off"),
     "on_qc_fail": _one_of("retry", "drop", "keep"), "retries": _whole(0, 100), "compat": _one_of("reference"),
     "offline": _truth, "allow_ood": _truth, "allow_missing_body": _truth,

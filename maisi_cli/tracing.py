@@ -340,7 +340,7 @@ def simulated(plan: Plan, spec: ModelSpec, settings: GenerateSettings) -> Plan:
     """Return a plan whose peaks are traced afresh, for its choices, in place of those of the table."""
     assert plan.geometry is not None
     size, chosen = plan.geometry.size, {choice.name: choice.value for stage in plan.stages for choice in stage.choices}
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[str(chosen["dtype"])]
+    dtype = networks.DTYPES[str(chosen["dtype"])]
     latent = tuple(n // spec.latent_factor for n in size)
     device, paired = str(chosen["device"]).split(":")[0], settings.mode == "paired"
 

@@ -30,7 +30,7 @@ from maisi_cli.networks import build
 from maisi_cli.train import TrainSettings, diffusion, losses, settings_from, train
 from maisi_cli.train.controlnet import ControlNetTask, add_residuals_out_of_place, copy_matching
 from maisi_cli.train.data import Case, encode, intensity, make_phantoms, read_list, split
-from maisi_cli.train.diffusion import DiffusionTask, Encoded, draw_times, mix, scale_factor
+from maisi_cli.train.diffusion import DiffusionTask, draw_times, mix, scale_factor
 from maisi_cli.train.optimisation import average_into, learning_rate
 from maisi_cli.train.overfit import only
 from maisi_cli.train.recompute import recompute
@@ -785,12 +785,10 @@ def test_mixing_follows_a_straight_line() -> None:
 
 def test_scale_factor_makes_unit_variance() -> None:
     rng = np.random.default_rng(0)
-    labels = np.zeros((1, 1, 1), np.uint8)
     latents = [rng.normal(2, 0.25, (4, n, 6, 5)).astype(np.float16) for n in (4, 9)]
-    cases = [Encoded(id="a", latent=latent, labels=labels, spacing_mm=(1, 1, 1), modality=1) for latent in latents]
-    together = np.concatenate([each.latent.astype(np.float64).ravel() for each in cases])
-    assert scale_factor(cases) == pytest.approx(1 / together.std(), rel=1e-3)
-    assert (together * scale_factor(cases)).std() == pytest.approx(1, rel=1e-3)
+    together = np.concatenate([each.astype(np.float64).ravel() for each in latents])
+    assert scale_factor(latents) == pytest.approx(1 / together.std(), rel=1e-3)
+    assert (together * scale_factor(latents)).std() == pytest.approx(1, rel=1e-3)
 
 
 def diffusion_task(folder: Path, **changes: Any) -> DiffusionTask:

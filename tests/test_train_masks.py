@@ -56,14 +56,19 @@ layout = "data"
 """
 
 
+def with_mask_networks() -> str:
+    """Return the model file of the tiny networks, and of mask networks with the channels of all labels."""
+    head, _, tail = TINY.partition("[[weights]]")
+    networks = _MASK_NETWORKS.replace("out_channels = 5", "out_channels = 125")
+    return f"{head}{networks}\n[[weights]]{tail}{WEIGHTS}"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("masks")
     make_phantoms(path / "data", 3, size=32, workers=1)
     (path / "model").mkdir()
-    head, _, tail = TINY.partition("[[weights]]")
-    networks = _MASK_NETWORKS.replace("out_channels = 5", "out_channels = 125")
-    (path / "model" / "tiny.toml").write_text(f"{head}{networks}\n[[weights]]{tail}{WEIGHTS}")
+    (path / "model" / "tiny.toml").write_text(with_mask_networks())
     return path
 
 

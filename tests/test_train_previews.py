@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maisi_cli.errors import UsageError
 from maisi_cli.events import Event, Saved
 from maisi_cli.sampling import ddpm_alphas, initial_noise
-from maisi_cli.testing import TINY, tiny_model
+from maisi_cli.testing import tiny_model
 from maisi_cli.train import TrainSettings, previews, train
 from maisi_cli.train.controlnet import ControlNetTask
 from maisi_cli.train.data import encode, make_phantoms
@@ -27,8 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .fakehub import _MASK_NETWORKS
-from .test_train_masks import WEIGHTS
+from .test_train_masks import with_mask_networks
 
 CPU = torch.device("cpu")
 KINDS = ("vae", "dm", "controlnet", "mask-vae", "mask-dm")
@@ -46,9 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with random weights and mask networks, three phantoms (one held out), and their latents."""
     root = tmp_path_factory.mktemp("previews")
     tiny_model(root)
-    head, _, tail = TINY.partition("[[weights]]")
-    networks = _MASK_NETWORKS.replace("out_channels = 5", "out_channels = 125")
-    (root / "tiny.toml").write_text(f"{head}{networks}\n[[weights]]{tail}{WEIGHTS}")
+    (root / "tiny.toml").write_text(with_mask_networks())
     rows = json.loads(make_phantoms(root / "data", 3, size=32, workers=1).read_text())
     rows["training"][2]["fold"] = 0
     (root / "data" / "list.json").write_text(json.dumps(rows))

@@ -27,7 +27,7 @@ maisi generate --preset chest-abdomen makes a CT and its label map with the smal
 
 def build(*, rich_help: bool = False) -> typer.Typer:
     """Return the application with all commands, those of plugins included."""
-    from . import browse, data, evaluate, export, fid, generate, hardware, report, train
+    from . import browse, data, evaluate, export, fid, generate, hardware, report, spacing, train
 
     app = typer.Typer(
         name="maisi",
@@ -46,7 +46,7 @@ def build(*, rich_help: bool = False) -> typer.Typer:
         pass
 
     root.__doc__ = HELP
-    for module in (generate, train, data, fid, evaluate, report, hardware, export, browse):
+    for module in (generate, train, data, fid, evaluate, report, spacing, hardware, export, browse):
         module.register(app)
     _add_plugin_commands(app)
     return app

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import networks
 from ..errors import CannotRun
 from . import exporting, processor
 from .exporting import quiet
@@ -35,7 +36,7 @@ def build(
     network: nn.Module, inputs: dict[str, Tensor], folder: Path, precision: str, device: torch.device, dynamic: Any = None
 ) -> dict[str, Any]:  # fmt: skip
     """Compile a plain network, which is turned to `precision` for it, to a package in `folder`. Raises `CannotRun`."""
-    network = exporting.in_dtype(network, exporting.DTYPES[precision], device)
+    network = exporting.in_dtype(network, networks.DTYPES[precision], device)
     with quiet():
         program = exporting.exported(network, inputs, dynamic=dynamic)
         try:

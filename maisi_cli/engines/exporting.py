@@ -19,11 +19,9 @@ from torch.nn import functional
 
 from .. import inference, networks
 from ..catalog import ModelSpec
-from ..weights import load_state
 from . import network_of
 
 DOWN, MIDDLE, CONDITION = "down_block_additional_residuals", "mid_block_additional_residual", "controlnet_cond"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDERS = {"timesteps": "time_embed", **networks.EMBEDDERS}
 """The layer that embeds an input, by the input's name."""
 
@@ -170,10 +168,7 @@ def plain(spec: ModelSpec, part: str, path: Path) -> tuple[nn.Module, str]:
     """
     name = network_of(part)
     layout = next((weight.layout for weight in spec.weights if weight.part == name), "safetensors")
-    state = load_state(path, layout)
-    network = networks.build(spec.networks[name])
-    tensors = networks.fitting(network, state.tensors, path)
-    network.load_state_dict({key: value.float() for key, value in tensors.items()})
+    network, state = networks.frozen(spec.networks[name], path, layout)
     return bare(network, part), state.sha256
 
 

@@ -98,7 +98,7 @@ class Order:
     @property
     def dtype(self) -> torch.dtype:
         """What the engine's inputs are in: float32 for OpenVINO in any precision, else the dtype of the network."""
-        return torch.float32 if self.backend == "openvino" else exporting.DTYPES[self.precision]
+        return torch.float32 if self.backend == "openvino" else networks.DTYPES[self.precision]
 
     def examples(self, size: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return inputs as the network takes them."""
@@ -254,7 +254,7 @@ def judge(order: Order, errors: Sequence[float], inputs: Mapping[str, Tensor], r
 
 def _torch_call(order: Order, inputs: Mapping[str, Tensor]) -> Callable[[], list[Tensor]]:
     """Return a call of the part in PyTorch as `generate` runs it."""
-    dtype = exporting.DTYPES[order.precision]
+    dtype = networks.DTYPES[order.precision]
     network = inference.laid_out(exporting.plain(order.spec, order.part, order.file)[0], dtype, order.device)
     laid = {}
     for name, each in inputs.items():

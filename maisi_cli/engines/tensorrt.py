@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import networks
 from ..errors import CannotRun
 from . import exporting, version
 from .aoti import gpu
@@ -33,7 +34,7 @@ def build(
 ) -> dict[str, Any]:  # fmt: skip
     """Compile a plain network, which is turned to `precision` for it, in `folder`; `dynamic` as for `exporting.exported`."""
     torch_tensorrt = library()
-    network = exporting.in_dtype(network, exporting.DTYPES[precision], device)
+    network = exporting.in_dtype(network, networks.DTYPES[precision], device)
     with quiet():
         program = exporting.exported(network, inputs, dynamic=dynamic)
         try:

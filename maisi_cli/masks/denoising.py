@@ -5,7 +5,7 @@ The UNet takes the sizes as one context token; the decoder's 125 channels are ta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,13 +41,21 @@ def denoiser(nets: networks.Networks, sizes: Vector, *, compat: bool = False) ->
 def decode(nets: networks.Networks, latent: Tensor, *, sweeps: str = "store", planes: int | None = None) -> NDArray[np.uint8]:
     """Decode a latent (1, 4, x, y, z) to the most likely channel of each voxel, (4x, 4y, 4z), 0..124.
 
-    Slab by slab and exactly (`streaming.decoded`): the channels are held for one slab at a time, of `planes` planes. A softmax
-    would not change which one is largest.
+    See `likeliest`.
     """
     z = (latent.to(nets.device) / nets.scale_factor).to(nets.precision.dtype)
     with torch.inference_mode():
-        slabs = streaming.decoded(nets.parts["mask_vae"], z, mode=sweeps, planes=planes)
-        return torch.cat([channels[0].argmax(dim=0).to(torch.uint8).cpu() for channels in slabs]).numpy()
+        return likeliest(nets.parts["mask_vae"], z, sweeps=sweeps, planes=planes).cpu().numpy()
+
+
+def likeliest(vae: Any, z: Tensor, *, sweeps: str = "store", planes: int | None = None) -> Tensor:
+    """Return the most likely channel of each voxel, (4x, 4y, 4z) uint8, for a latent (1, 4, x, y, z) as the autoencoder has it.
+
+    Slab by slab and exactly (`streaming.decoded`): the channels are held for one slab at a time, of `planes` planes. A softmax
+    would not change which one is largest.
+    """
+    slabs = streaming.decoded(vae, z, mode=sweeps, planes=planes)
+    return torch.cat([channels[0].argmax(dim=0).to(torch.uint8) for channels in slabs])
 
 
 def to_labels(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..anatomy import maisi
 from ..errors import UsageError
-from ..networks import binarise, build, fitting
+from ..networks import binarise, build, fill
 from ..repair import without_lesions
 from ..tumors import hosts
 from ..volumes import Mask, Volume
@@ -93,7 +93,7 @@ class ControlNetTask(DiffusionTask):
         path = Path(settings.unet)
         state = load_state(path)
         self.unet: nn.Module = build(self.spec.networks["unet"])
-        self.unet.load_state_dict({key: value.float() for key, value in fitting(self.unet, state.tensors, path).items()})
+        fill(self.unet, state.tensors, path)
         self.scale = state.scale_factor or self.scale
         if not settings.init:
             copy_matching(self.unet, self.network)

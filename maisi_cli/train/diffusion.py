@@ -5,7 +5,7 @@ A rectified flow (Liu et al. 2023; target: data minus noise), or DDPM (Ho et al.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..catalog import Modality, ModelSpec, modality
 from ..catalog import model as find_model
 from ..errors import UsageError
-from ..networks import build, fitting
+from ..networks import build, fill
 from ..sampling import ddpm_alphas
 from ..volumes import Mask, Volume
 from ..weights import load_state
@@ -72,11 +72,9 @@ def load_cases(cases: Sequence[Case], *, labelled: bool = False) -> list[Encoded
     return loaded
 
 
-def scale_factor(cases: Sequence[Encoded]) -> float:
-    """Return 1 / standard deviation of the latents, over all cases."""
-    sums = [
-        (each.size, float(each.sum()), float(np.square(each).sum())) for each in (np.asarray(case.latent, np.float64) for case in cases)
-    ]
+def scale_factor(latents: Iterable[NDArray[np.float16]]) -> float:
+    """Return 1 / standard deviation over all latents."""
+    sums = [(each.size, float(each.sum()), float(np.square(each).sum())) for each in (np.asarray(latent, np.float64) for latent in latents)]
     count, total, squares = (sum(column) for column in zip(*sums, strict=True))
     return float(1 / np.sqrt(squares / count - (total / count) ** 2))
 
@@ -160,7 +158,7 @@ class DiffusionTask:
         self.cases, self.held = (load_cases(each, labelled=self.labelled) for each in (training, held[:4]))
         if self.takes_regions:
             require_regions([*self.cases, *self.held])
-        self.scale = scale_factor(self.cases)
+        self.scale = scale_factor(case.latent for case in self.cases)
         low, high = spread_of_scales(self.cases)
         self.notes = [f"scale factor {self.scale:.4f} over {len(self.cases)} cases; of single ones {low:.4f} to {high:.4f}"]
         self.data_hashes = data_hashes(data, [*training, *held])
@@ -323,7 +321,7 @@ def start_from(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, *,
     Raises `UsageError` that names the keys that do not fit.
     """
     if not partial:
-        network.load_state_dict({key: value.float() for key, value in fitting(network, tensors, path).items()})
+        fill(network, tensors, path)
         return []
     wanted = network.state_dict()
     same = {key: value.float() for key, value in tensors.items() if key in wanted and wanted[key].shape == value.shape}

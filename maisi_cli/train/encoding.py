@@ -32,6 +32,7 @@ from ..geometry import Geometry, Size, Triple, format_triple, parse_size
 from ..labelfile import read_labels
 from ..masks.fitting import fit, same_spacing
 from ..record import sha256_of
+from ..settings import PRECISIONS
 from ..volumes import Mask, onto, read_image, read_mask, require_same_grid
 from .lists import HELD_OUT, SECTIONS, Case, read_lists, write_list
 
@@ -197,9 +198,6 @@ def strange_labels(ids: Sequence[int], path: Path) -> str:
 # --- encoding -----------------------------------------------------------------------------------
 
 
-DTYPES = ("auto", "fp32", "bf16", "fp16")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What an encoding made: its list, and the ids that were encoded, kept from before, and failed, with the error of each."""
@@ -231,18 +229,9 @@ def encode(
     """
     folder = Path(out) if out else (Path(data) if Path(data).is_dir() else Path(data).parent)
     done = encode_lists(
-        [data],
-        vae,
-        out=folder,
-        model=model,
-        device=device,
-        dtype=dtype,
-        size=size,
-        latent=latent,
-        seed=seed,
-        force=force,
+        [data], vae, out=folder, model=model, device=device, dtype=dtype, size=size, latent=latent, seed=seed, force=force,
         on_event=on_event,
-    )
+    )  # fmt: skip
     done.require_all()
     return done.list
 
@@ -262,8 +251,8 @@ def encode_lists(
 
     spec = find_model(model)
     encoding = Encoding.chosen(spec, size, latent, seed)
-    if dtype not in DTYPES:
-        raise UsageError(f"there is no precision {dtype!r}", hint=f"use --dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if dtype not in ("auto", *PRECISIONS):
+        raise UsageError(f"there is no precision {dtype!r}", hint="use --dtype auto, fp32, bf16 or fp16")
     file = Path(vae) if vae is not None else locate(spec, ["vae"])["vae"]
     cases = read_lists(lists, bases=bases, sections=SECTIONS)
     work = _Work(folder=Path(out), encoding=encoding, vae=file, vae_sha256=sha256_of(file), dtype=dtype, force=force)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import streaming
 from ..anatomy import maisi
@@ -19,8 +19,7 @@ from ..errors import UsageError
 from ..events import OnEvent, Stage, Step, ignore
 from ..files import refuse_overwriting, write_atomic
 from ..geometry import Triple
-from ..networks import build, device_named, fitting
-from ..weights import load_state
+from ..networks import device_named, frozen
 from .lists import Case, read_list, split
 from .patches import Source, labels_of, read
 from .perceptual import Perceptual
@@ -211,11 +210,9 @@ def evaluate(
     if target is not None:
         refuse_overwriting(target, force=force)
     path = Path(settings.init)
-    network: nn.Module = build(find_model(settings.model).networks["vae"])
-    state = load_state(path)
-    network.load_state_dict({key: value.float() for key, value in fitting(network, state.tensors, path).items()})
+    network, state = frozen(find_model(settings.model).networks["vae"], path)
     device = device_named(settings.device)
-    network.to(device).eval().requires_grad_(False)
+    network.to(device)
     perceptual = Perceptual(settings.perceptual).to(device)
     _, held = split(read_list(data), settings.fold)
     on_event(Stage(name="evaluate", detail=f"{len(held)} held-out cases"))

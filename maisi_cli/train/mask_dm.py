@@ -7,7 +7,7 @@ Beside the weights it writes `all_anatomy_size_conditions.json`, the sizes of th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from .. import streaming
 from ..catalog import model as find_model
 from ..errors import UsageError
 from ..files import write_atomic
-from ..masks.denoising import to_labels
+from ..masks.denoising import likeliest, to_labels
 from ..masks.sizes import ABSENT, FILE, SLOTS
-from ..networks import binarise, build, fitting
+from ..networks import binarise, build, frozen
 from ..volumes import Mask, Volume
 from ..weights import load_state
 from . import bodies, mask_model, previews
-from .diffusion import VALIDATED, diffuse, start_from
+from .diffusion import VALIDATED, diffuse, scale_factor, start_from
 from .lists import data_hashes, read_list, split
 from .losses import distance
 from .settings import TrainSettings
@@ -57,9 +57,8 @@ class MaskDiffusionTask:
         torch.manual_seed(settings.seed)
         self.network: nn.Module = build(self.spec.networks["mask_unet"])
         path = Path(settings.vae)
-        vae, state = build(self.spec.networks["mask_vae"]), load_state(path)
-        vae.load_state_dict({key: value.float() for key, value in fitting(vae, state.tensors, path).items()})
-        self.vae: nn.Module | None = vae.requires_grad_(False).eval()
+        vae, state = frozen(self.spec.networks["mask_vae"], path)
+        self.vae: nn.Module | None = vae
         training, held = split(read_list(data), settings.fold)
         self.data_hashes = {**data_hashes(data, [*training, *held]), "mask vae": state.sha256}
         self.ids, self.held_ids = [case.id for case in training], [case.id for case in held[:HELD]]
@@ -87,8 +86,9 @@ class MaskDiffusionTask:
 
     def to(self, device: torch.device) -> None:
         """Encode the bodies."""
-        if self.vae is None or self.latents:
+        if self.latents:
             return
+        assert self.vae is not None
         vae = self.vae.to(device)
         latents = [encoded(vae, body, device) for body in self.packed]
         self.latents, self.held = latents[: len(self.ids)], latents[len(self.ids) :]
@@ -149,10 +149,8 @@ class MaskDiffusionTask:
                 return self.predict(network, x, times, told)
 
             latent = previews.sampled(denoise, (1, *self.held[seed].shape), seed=seed, ddpm=True, device=device) / self.scale
-            channels = torch.cat([slab[0].argmax(dim=0) for slab in streaming.decoded(self.vae, latent)])
-            shown[f"noise of seed {seed}, with the sizes of {name}"] = previews.mask_of(
-                to_labels(channels.cpu().numpy()), self.grid.spacing
-            )
+            labels = to_labels(likeliest(self.vae, latent).cpu().numpy())
+            shown[f"noise of seed {seed}, with the sizes of {name}"] = previews.mask_of(labels, self.grid.spacing)
         return shown
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -184,13 +182,6 @@ def encoded(vae: Any, body: bodies.Body, device: torch.device) -> Latent:
     mean = streaming.encoded(vae, binarise(torch.from_numpy(body.labels)[None, None].to(device)))
     found: Latent = mean[0].to(torch.float16).cpu().numpy()
     return found
-
-
-def scale_factor(latents: Iterable[Latent]) -> float:
-    """Return 1 / standard deviation over all latents."""
-    each = [(x.size, float(x.sum(dtype=np.float64)), float(np.square(x.astype(np.float64)).sum())) for x in latents]
-    count, total, squares = (sum(column) for column in zip(*each, strict=True))
-    return float(1 / np.sqrt(squares / count - (total / count) ** 2))
 
 
 def largest_in(path: Path) -> tuple[float, ...] | None:

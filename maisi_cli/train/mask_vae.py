@@ -20,7 +20,7 @@ from .. import streaming
 from ..anatomy import maisi, remap_table
 from ..catalog import model as find_model
 from ..errors import UsageError
-from ..masks.denoising import to_labels
+from ..masks.denoising import likeliest, to_labels
 from ..networks import binarise, build
 from ..volumes import Mask, Volume
 from ..weights import load_state
@@ -115,7 +115,7 @@ class MaskVaeTask:
     def channels_of(network: Any, labels: Tensor) -> Tensor:
         """Return the most likely channel of each voxel (X, Y, Z), by way of the mean of the latent; slab by slab, both ways."""
         mean = streaming.encoded(network, binarise(labels))
-        return torch.cat([slab[0].argmax(dim=0) for slab in streaming.decoded(network, mean)])
+        return likeliest(network, mean)
 
     def exports(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the one part."""

@@ -22,11 +22,10 @@ from ..decoding import to_hu
 from ..errors import UsageError
 from ..files import write_atomic
 from ..geometry import Geometry, Triple
-from ..networks import build, fitting
+from ..networks import frozen
 from ..preview import BACKGROUND, FAINT, strip
 from ..sampling import adams_bashforth_2, ddim, ddpm_schedule, flow_schedule, initial_noise
 from ..volumes import Mask, Volume
-from ..weights import load_state
 from .settings import TrainSettings
 
 FOLDER = "previews"
@@ -75,12 +74,10 @@ def autoencoder(settings: TrainSettings, spec: ModelSpec, encoded_by: Collection
             "previews of latents need the autoencoder that made them", hint="add --set train.vae=FILE, or train.preview_every=0"
         )
     path = Path(settings.vae)
-    state = load_state(path)
+    made, state = frozen(spec.networks["vae"], path)
     if encoded_by and state.sha256 not in encoded_by:
         raise UsageError(f"the latents were not made by {path}", hint="set train.vae to the autoencoder that encoded them")
-    made = build(spec.networks["vae"])
-    made.load_state_dict({key: value.float() for key, value in fitting(made, state.tensors, path).items()})
-    return made.requires_grad_(False).eval()
+    return made
 
 
 def sampled(denoise: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int], *, seed: int, ddpm: bool, device: torch.device) -> Tensor:
@@ -109,10 +106,9 @@ def volume_of(intensities: Tensor, spacing_mm: Triple, modality: str) -> Volume:
     return Volume(array=array, geometry=_grid(array.shape, spacing_mm), modality=modality)
 
 
-def mask_of(labels: NDArray[np.uint8] | Tensor, spacing_mm: Triple) -> Mask:
+def mask_of(labels: NDArray[np.uint8], spacing_mm: Triple) -> Mask:
     """Return labels (X, Y, Z) as a mask."""
-    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, np.uint8)
-    return Mask(array=array, geometry=_grid(array.shape, spacing_mm))
+    return Mask(array=np.asarray(labels), geometry=_grid(labels.shape, spacing_mm))
 
 
 def _grid(shape: Sequence[int], spacing_mm: Triple) -> Geometry:
