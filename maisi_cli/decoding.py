@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import streaming
 from .catalog import modality as find_modality
-from .errors import UsageError
+from .errors import Rejected, UsageError
 from .estimates import windows
 from .events import OnEvent, Step, ignore
 from .networks import Networks
@@ -21,13 +22,38 @@ def decode(
     networks: Networks, latent: Tensor, *, decoder: str = "exact", sweeps: str = "store", window: Sequence[int] | None = None,
     overlap: float = 0.4, on_event: OnEvent = ignore,
 ) -> Tensor:  # fmt: skip
-    """Decode a latent (1, C, x, y, z) to intensities (1, 1, 4x, 4y, 4z) in float32; the latent is divided by the scale.
+    """Decode a latent (1, C, x, y, z) to intensities (1, 1, 4x, 4y, 4z) in float32 on the CPU; the latent is divided by the scale.
 
-    `exact` gives what decoding the whole volume at once gives, slab by slab, on the CPU; `sweeps` is a mode of
+    `exact` gives what decoding the whole volume at once gives, slab by slab; `sweeps` is a mode of
     `streaming.MODES`: what it holds at full resolution. `window` decodes windows of `window` latent voxels that overlap by the share
     `overlap`, blended with a Gaussian; every window has GroupNorm statistics of its own, so seams can show. Raises
     `UsageError` for a window that is not positive or an overlap outside [0, 1).
     """
+    parts = _parts(networks, latent, decoder, sweeps, window, overlap, on_event)
+    return _assembled((part.float() for part in parts), latent)
+
+
+def decode_image(networks: Networks, latent: Tensor, modality: str, **how: Any) -> NDArray[np.int16]:
+    """Decode a latent (1, C, x, y, z) to the numbers an image file holds: int16 (4x, 4y, 4z), HU (CT) or MR units, rounded to even.
+
+    Every slab is rescaled and rounded where it was decoded, so a volume in float32 is held nowhere. `how` is that of `decode`.
+    Raises `Rejected` where the decoder gives a value that is not finite, and what `decode` raises.
+    """
+    settings = {"decoder": "exact", "sweeps": "store", "window": None, "overlap": 0.4, "on_event": ignore, **how}
+
+    def stored(part: Tensor) -> Tensor:
+        if not bool(torch.isfinite(part).all()):
+            raise Rejected("the decoder gave values that are not finite", hint="use --dtype fp32")
+        return to_units(part.float(), modality).round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+
+    made: NDArray[np.int16] = _assembled(map(stored, _parts(networks, latent, **settings)), latent)[0, 0].numpy()
+    return made
+
+
+def _parts(
+    networks: Networks, latent: Tensor, decoder: str, sweeps: str, window: Sequence[int] | None, overlap: float, on_event: OnEvent
+) -> Iterator[Tensor]:
+    """Yield the image's intensities (1, 1, n, 4y, 4z) along x, on the device: in slabs, or all at once."""
     z = (latent.to(networks.device) / networks.scale_factor).to(networks.precision.dtype)
     vae, engine = networks.parts["vae"], networks.engines.get("decoder")
 
@@ -36,31 +62,33 @@ def decode(
             made: Tensor = engine(z=part) if engine else vae.decode_stage_2_outputs(part)  # type: ignore[operator]
         return made.float()
 
-    if decoder == "exact" and engine is not None:
-        return call(z).cpu()
-    if decoder == "exact":
-        return _decode_slabs(networks, z, sweeps, on_event)
-    if decoder != "window":
-        raise UsageError(f"there is no decoder {decoder!r}", hint="use --decoder auto, exact or window")
-    if window is None or min(window) < 1:
-        raise UsageError("the window decoder needs a window in latent voxels", hint="add --window 64x64x48")
-    if not 0 <= overlap < 1:
-        raise UsageError(f"overlap is {overlap:g}", hint="use a share from 0 to below 1, such as --overlap 0.4")
-    return decode_window(call, z, window, overlap, on_event=on_event)
-
-
-def _decode_slabs(networks: Networks, z: Tensor, sweeps: str, on_event: OnEvent) -> Tensor:
     def on_step(done: int, total: int) -> None:
         on_event(Step(stage="decode", done=done, total=total))
 
+    if decoder == "exact" and engine is not None:
+        yield call(z)
+    elif decoder == "exact":
+        yield from streaming.decoded(vae, z, mode=sweeps, on_step=on_step)
+    elif decoder != "window":
+        raise UsageError(f"there is no decoder {decoder!r}", hint="use --decoder auto, exact or window")
+    elif window is None or min(window) < 1:
+        raise UsageError("the window decoder needs a window in latent voxels", hint="add --window 64x64x48")
+    elif not 0 <= overlap < 1:
+        raise UsageError(f"overlap is {overlap:g}", hint="use a share from 0 to below 1, such as --overlap 0.4")
+    else:
+        yield decode_window(call, z, window, overlap, on_event=on_event)
+
+
+def _assembled(parts: Iterator[Tensor], latent: Tensor) -> Tensor:
+    """Return parts that follow each other along x as one volume on the CPU."""
     made: Tensor | None = None
     done = 0
-    for slab in streaming.decoded(networks.parts["vae"], z, mode=sweeps, on_step=on_step):
+    for part in parts:
         if made is None:
-            factor = slab.shape[3] // z.shape[3]
-            made = torch.empty((*slab.shape[:2], *(n * factor for n in z.shape[2:])), dtype=torch.float32)
-        made[:, :, done : done + slab.shape[2]] = slab.cpu()
-        done += slab.shape[2]
+            factor = part.shape[3] // latent.shape[3]
+            made = torch.empty((*part.shape[:2], *(n * factor for n in latent.shape[2:])), dtype=part.dtype)
+        made[:, :, done : done + part.shape[2]] = part.cpu()
+        done += part.shape[2]
     assert made is not None
     return made
 
@@ -106,17 +134,14 @@ def check_splits(size_y: int, splits: int) -> None:
                          hint=f"use --splits {', '.join(map(str, allowed))}")  # fmt: skip
 
 
-def to_hu(intensity: Tensor, modality: str) -> NDArray[np.float32]:
-    """Return intensities as HU (CT: [0, 1] to [-1000, 1000], clipped) or MR units (times 1000, clipped at 0 below).
-
-    Takes (1, 1, X, Y, Z), returns (X, Y, Z) float32.
-    """
-    array: NDArray[np.float32] = intensity[0, 0].float().cpu().numpy()
+def to_units(intensity: Tensor, modality: str) -> Tensor:
+    """Return intensities as HU (CT: [0, 1] to [-1000, 1000], clipped) or MR units (times 1000, clipped at 0 below)."""
     if find_modality(modality).kind == "ct":
-        made = np.clip(array, 0, 1)
-        made *= 2000
-        made -= 1000
-        return made
-    made = np.maximum(array, 0)
-    made *= 1000
+        return intensity.clamp(0, 1).mul_(2000).sub_(1000)
+    return intensity.clamp(min=0).mul_(1000)
+
+
+def to_hu(intensity: Tensor, modality: str) -> NDArray[np.float32]:
+    """Return intensities (1, 1, X, Y, Z) in the units of `to_units`, as an array (X, Y, Z) of float32."""
+    made: NDArray[np.float32] = to_units(intensity[0, 0].float().cpu(), modality).numpy()
     return made

@@ -136,7 +136,7 @@ class ResBlock(nn.Module):
         time = self.time_emb_proj(functional.silu(emb))
         one = len(time) == 1
         h = kernels.convolution(h, self.conv1.conv, shift=time[0]) if one else self.conv1(h) + time[:, :, None, None, None]
-        return kernels.convolution(self.norm2(h), self.conv2.conv, beside=self.skip_connection(x))
+        return kernels.convolution(self.norm2(h), self.conv2.conv, beside=[self.skip_connection(x)])
 
 
 class HalfMean(nn.Module):

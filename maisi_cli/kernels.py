@@ -8,6 +8,7 @@ the dtype of the volume, sums over pieces in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -138,20 +139,25 @@ class GroupNorm(nn.GroupNorm):
 
 
 def convolution(
-    x: Tensor, conv: Any, *, padding: tuple[int, ...] | None = None, shift: Tensor | None = None, beside: Tensor | None = None
+    x: Tensor, conv: Any, *, padding: tuple[int, ...] | None = None, shift: Tensor | None = None, beside: Sequence[Tensor] = ()
 ) -> Tensor:
     """Return the convolution of volumes (B, C, X, Y, Z), to each channel of which `shift` (C,) is added, and to all of it `beside`.
 
-    `padding` is used in place of the layer's own.
+    `padding` is used in place of the layer's own. The parts of `beside` follow each other along x.
     """
     bias = conv.bias if shift is None else shift if conv.bias is None else conv.bias + shift
     how = {"stride": conv.stride, "padding": conv.padding if padding is None else padding, "dilation": conv.dilation, "groups": conv.groups}
     triton = _triton(x.device.type)
     if triton is None or bias is None or len(x) != 1:
         made = functional.conv3d(x, conv.weight, bias, **how)
-        return made if beside is None else made.add_(beside)
+        start = 0
+        for part in beside:
+            made[:, :, start : start + part.shape[2]] += part
+            start += part.shape[2]
+        return made
     made = functional.conv3d(x, conv.weight, None, **how).contiguous(memory_format=LAYOUT)  # cuDNN adds a bias in a pass of its own
-    triton.finish(rows_of(made), bias, None if beside is None else rows_of(beside))
+    added = torch.cat(tuple(beside), dim=2) if len(beside) > 1 else beside[0] if beside else None
+    triton.finish(rows_of(made), bias, None if added is None else rows_of(added))
     return made
 
 

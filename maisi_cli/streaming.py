@@ -11,6 +11,7 @@ at full resolution, or none.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +31,40 @@ Slab = tuple[Tensor, ...]
 """Some planes (1, C, planes, Y, Z): of a layer, and of the shortcut beside it within a residual block."""
 
 
+@dataclass(slots=True)
+class Scratch:
+    """Memory that convolutions read from, used again by the next: on a processor new memory costs as much as the work done in it."""
+
+    held: list[Tensor] = field(default_factory=list)
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return a volume in `LAYOUT` with anything in it, of the dtype and on the device of `like`."""
+        if like.device.type != "cpu":  # CUDA's allocator does this itself
+            return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=LAYOUT)
+        count = math.prod(shape)
+        fits = [k for k, flat in enumerate(self.held) if flat.numel() >= count]
+        flat = self.held.pop(fits[0]) if fits else torch.empty(count, dtype=like.dtype)
+        rows = flat[:count].view(shape[0], *shape[2:], shape[1])
+        return rows.permute(0, 4, 1, 2, 3)
+
+    def give(self, volume: Tensor) -> None:
+        """Take a volume back that `take` returned, and that nothing reads any more; two are kept."""
+        if volume.device.type == "cpu":
+            self.held.append(torch.empty(0, dtype=volume.dtype).set_(volume.untyped_storage()))  # type: ignore[call-overload]
+            self.held = sorted(self.held, key=torch.numel)[-2:]
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """Slabs that follow one another along x, `planes` in all."""
 
     slabs: Iterator[Slab]
     planes: int
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def followed(self, slabs: Iterator[Slab], planes: int | None = None) -> Stream:
+        """Return what this stream has become."""
+        return Stream(slabs, self.planes if planes is None else planes, self.scratch)
 
 
 OnStep = Callable[[int, int], None]
@@ -69,6 +98,11 @@ class Queue:
 
     def take(self, planes: int) -> Tensor:
         """Return the next planes."""
+        parts = self.parts(planes)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def parts(self, planes: int) -> list[Tensor]:
+        """Return the next planes as they came."""
         parts: list[Tensor] = []
         while planes:
             first = self.held.popleft()
@@ -77,13 +111,14 @@ class Queue:
                 first = first[:, :, :planes]
             parts.append(first)
             planes -= first.shape[2]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return parts
 
 
 def _bordered(stream: Stream, affine: Affine | None, edge: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Yield the main planes of each slab, normalised first where `affine` says so, with the plane before and the plane after.
 
-    At the ends of the volume these are what `edge` makes of the outermost plane. What has no plane after it yet waits.
+    At the ends of the volume these are what `edge` makes of the outermost plane. What has no plane after it yet waits. What is yielded
+    is to be given back to the stream's scratch.
     """
     kept: Tensor | None = None
     seen = 0
@@ -91,7 +126,7 @@ def _bordered(stream: Stream, affine: Affine | None, edge: Callable[[Tensor], Te
         seen += x.shape[2]
         before, after = 1 if kept is None else kept.shape[2], int(seen == stream.planes)
         shape = (*x.shape[:2], before + x.shape[2] + after, *x.shape[3:])
-        wide = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+        wide = stream.scratch.take(shape, x)
         inner = wide[:, :, before : before + x.shape[2]]
         if affine:
             affine.into(x, inner)
@@ -102,10 +137,12 @@ def _bordered(stream: Stream, affine: Affine | None, edge: Callable[[Tensor], Te
             wide[:, :, -1:] = edge(inner[:, :, -1:])
         kept = wide[:, :, -2:].clone()
         del x, inner
-        if wide.shape[2] >= 3:
-            box = [wide]
-            del wide
+        box = [wide]
+        del wide
+        if shape[2] >= 3:
             yield box.pop()  # nothing here holds on to what is consumed elsewhere
+        else:
+            stream.scratch.give(box.pop())
 
 
 def convolved(stream: Stream, conv: nn.Module, affine: Affine | None = None, *, beside: Queue | None = None) -> Stream:
@@ -116,14 +153,13 @@ def convolved(stream: Stream, conv: nn.Module, affine: Affine | None = None, *, 
 
     def go() -> Iterator[Slab]:
         for x in _bordered(stream, affine, torch.zeros_like):
-            box = [x]
-            del x
-            added = beside.take(box[0].shape[2] - 2) if beside else None
-            made = [convolution(box.pop(), conv, padding=(0, 1, 1), beside=added)]
-            del added
+            added = beside.parts(x.shape[2] - 2) if beside else []
+            made = [convolution(x, conv, padding=(0, 1, 1), beside=added)]
+            stream.scratch.give(x)
+            del x, added
             yield (made.pop(),)
 
-    return Stream(go(), stream.planes)
+    return stream.followed(go())
 
 
 def halved(stream: Stream, conv: nn.Module, *, low: int = 0) -> Stream:
@@ -142,12 +178,12 @@ def halved(stream: Stream, conv: nn.Module, *, low: int = 0) -> Stream:
             if made:
                 yield (functional.conv3d(x[:, :, : 2 * made + 1], conv.weight, conv.bias, stride=2),)  # type: ignore[arg-type]
 
-    return Stream(go(), (stream.planes + low - 2) // 2 + 1)
+    return stream.followed(go(), (stream.planes + low - 2) // 2 + 1)
 
 
 def activated(stream: Stream) -> Stream:
     """Run SiLU, in place."""
-    return Stream(((functional.silu(x, inplace=True),) for x, *_ in stream.slabs), stream.planes)
+    return stream.followed((functional.silu(x, inplace=True),) for x, *_ in stream.slabs)
 
 
 def doubled(stream: Stream) -> Stream:
@@ -155,11 +191,12 @@ def doubled(stream: Stream) -> Stream:
 
     def go() -> Iterator[Slab]:
         for x in _bordered(stream, None, lambda plane: plane):
-            box = [x]
+            made = [kernels.doubled(x)]
+            stream.scratch.give(x)
             del x
-            yield (kernels.doubled(box.pop()),)
+            yield (made.pop(),)
 
-    return Stream(go(), 2 * stream.planes)
+    return stream.followed(go(), 2 * stream.planes)
 
 
 def transposed(stream: Stream, conv: nn.Module) -> Stream:
@@ -178,7 +215,7 @@ def transposed(stream: Stream, conv: nn.Module) -> Stream:
                 y = functional.conv_transpose3d(x, conv.weight, conv.bias, stride=2, padding=1, output_padding=1)  # type: ignore[arg-type]
                 yield (y[:, :, : 2 * made],)
 
-    return Stream(go(), 2 * stream.planes)
+    return stream.followed(go(), 2 * stream.planes)
 
 
 def whole(stream: Stream, module: nn.Module) -> Stream:
@@ -189,7 +226,7 @@ def whole(stream: Stream, module: nn.Module) -> Stream:
         made = module(torch.cat([x for x, *_ in slabs], dim=2))
         yield from ((part,) for part in made.split(max(1, slabs[0][0].shape[2]), dim=2))
 
-    return Stream(go(), stream.planes)
+    return stream.followed(go())
 
 
 def first_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
@@ -203,10 +240,10 @@ def first_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
             yield (x,)
 
     def go() -> Iterator[Slab]:
-        for x, *_ in convolved(Stream(tapped(), stream.planes), conv_of(block.conv1), affine).slabs:
+        for x, *_ in convolved(stream.followed(tapped()), conv_of(block.conv1), affine).slabs:
             yield x, queue.take(x.shape[2])
 
-    return Stream(go(), stream.planes)
+    return stream.followed(go())
 
 
 def second_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
@@ -218,7 +255,7 @@ def second_half(stream: Stream, block: Any, affine: Affine | None) -> Stream:
             queue.held.append(beside)
             yield (x,)
 
-    return convolved(Stream(tapped(), stream.planes), conv_of(block.conv2), affine, beside=queue)
+    return convolved(stream.followed(tapped()), conv_of(block.conv2), affine, beside=queue)
 
 
 # --- networks as steps -----------------------------------------------------------------------------------------
@@ -291,12 +328,17 @@ def run(
     total = source.shape[2]
     pending: list[tuple[Step, Affine | None]] = []
     known: Moments | None = None
+    scratch = Scratch()
+
+    def sweep(slabs: Iterator[Slab]) -> Iterator[Slab]:
+        return _sweep(pending, Stream(slabs, total, scratch), planes)
+
     for number, step in enumerate(steps):
         affine = None
         if step.norm is not None:
             if known is None or pending:
                 known = Moments()
-                for x, *_ in _sweep(pending, iter(stored), total, planes):
+                for x, *_ in sweep(iter(stored)):
                     known.add(x)
             affine = known.affine(step.norm, silu=step.silu)
         pending.append((step, affine))
@@ -304,7 +346,7 @@ def run(
         if keep(step) and number + 1 < len(steps):
             known = Moments() if steps[number + 1].norm is not None else None
             made: list[Slab] = []
-            for slab in _sweep(pending, _consumed(stored), total, planes):
+            for slab in sweep(_consumed(stored)):
                 if known is not None:
                     known.add(slab[0])
                 made += _cut(slab, planes(step))
@@ -312,16 +354,13 @@ def run(
             total = sum(x.shape[2] for x, *_ in stored)
         if on_step:
             on_step(number + 1, len(steps))
-    yield from (x for x, *_ in _sweep(pending, _consumed(stored), total, planes))
+    yield from (x for x, *_ in sweep(_consumed(stored)))
 
 
-def _sweep(
-    pending: Sequence[tuple[Step, Affine | None]], slabs: Iterator[Slab], total: int, planes: Callable[[Step], int]
-) -> Iterator[Slab]:
-    stream = Stream(slabs, total)
+def _sweep(pending: Sequence[tuple[Step, Affine | None]], stream: Stream, planes: Callable[[Step], int]) -> Iterator[Slab]:
     for step, affine in pending:
         stream = step.run(stream, affine)
-        stream = Stream(_thinned(stream.slabs, planes(step)), stream.planes)
+        stream = stream.followed(_thinned(stream.slabs, planes(step)))
     return stream.slabs
 
 

@@ -295,14 +295,13 @@ class _Run:
         with clock("decode"):
             decoder = self.plan.choice("decoder")
             self.tell(Stage(name="decode", detail=str(decoder), sample=job.index))
-            intensity = decoding.decode(
-                nets, latent, decoder=decoder, sweeps=self.plan.choice("sweeps") if decoder == "exact" else "store",
+            array = decoding.decode_image(
+                nets, latent, settings.modality, decoder=decoder, sweeps=self.plan.choice("sweeps") if decoder == "exact" else "store",
                 window=self.plan.choice("window"), overlap=self.plan.choice("overlap") or 0.0, on_event=self.tell,
             )  # fmt: skip
-            image = Volume(array=decoding.to_hu(intensity, settings.modality), geometry=inner, modality=settings.modality)
-            image = onto(image, grid)
+            image = onto(Volume(array=array, geometry=inner, modality=settings.modality), grid)
             if mask is not None:
-                image = dataclasses.replace(image, array=_clear_outside(image, mask))
+                _clear_outside(image, mask)
         verdict = quality.check(
             image, mask, required=settings.anatomy, compat=settings.compat == "reference", own_mask=self.source == "file",
             chosen=quality.chosen_organs(settings.anatomy_size), tiles=self._tiles(inner, grid),
@@ -537,11 +536,9 @@ def _nothing_left(paths: Mapping[str, Path]) -> Iterator[None]:
         raise
 
 
-def _clear_outside(image: Volume, mask: Mask) -> Any:
-    """Return the image with air (CT) or 0 (MR) where the mask is 0 (reference.md 2.4)."""
-    array = image.array.copy()
-    array[mask.array == 0] = AIR_HU if find_modality(image.modality).kind == "ct" else 0
-    return array
+def _clear_outside(image: Volume, mask: Mask) -> None:
+    """Put air (CT) or 0 (MR) into the image where the mask is 0 (reference.md 2.4)."""
+    np.putmask(image.array, mask.array == 0, AIR_HU if find_modality(image.modality).kind == "ct" else 0)
 
 
 def _region_indices(regions: tuple[str, ...]) -> tuple[int | None, int | None]:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from maisi_cli.catalog import model
-from maisi_cli.decoding import check_splits, decode, decode_window, reference_decoder, to_hu
-from maisi_cli.errors import UsageError
+from maisi_cli.decoding import check_splits, decode, decode_image, decode_window, reference_decoder, to_hu
+from maisi_cli.errors import Rejected, UsageError
 from maisi_cli.events import Step
 from maisi_cli.networks import Networks, build
 from torch import Tensor, nn
@@ -210,6 +210,31 @@ def test_windows_are_blended_in_single_precision() -> None:
     assert float((made - value).abs().max()) < 1e-6
     in_half = decode_window(Half().decode_stage_2_outputs, latent.half(), how["window"], how["overlap"])  # type: ignore[arg-type]
     assert float((in_half - value).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"sweeps": "half"}, {"sweeps": "recompute"}, {"decoder": "window", "window": (4, 4, 4), "overlap": 0.5}]
+)
+@pytest.mark.parametrize("modality", ["ct", "mri-t1"])
+def test_an_image_is_the_rounded_volume_whatever_it_is_made_of(shared: Shared, modality: str, how: dict[str, Any]) -> None:
+    """Slabs are rescaled and rounded one by one; a file's numbers come out, the same as of the whole volume in float32."""
+    nets = networks(shared, "rflow", "unet", "vae")
+    latent = torch.randn(1, nets.spec.latent_channels, 9, 6, 7, generator=torch.Generator().manual_seed(3))
+    made = decode_image(nets, latent, modality, **how)
+    assert (made.dtype, made.shape) == (np.int16, (36, 24, 28))
+    assert len(np.unique(made)) > 10
+    assert np.array_equal(made, np.rint(to_hu(decode(nets, latent, **how), modality)))
+
+
+@pytest.mark.parametrize("value", [40.0, float("inf"), float("nan")])
+def test_an_image_holds_what_int16_can_and_nothing_that_is_no_number(value: float) -> None:
+    latent = torch.zeros(1, 4, 5, 5, 5)
+    latent[0, 3, 2, 2, 2] = value * 4 * 1.25  # the linear decoder takes a quarter of it
+    if np.isfinite(value):
+        assert decode_image(NETS, latent, "mri-t1", decoder="window", window=(4, 4, 4)).max() == 2**15 - 1
+        return
+    with pytest.raises(Rejected, match="not finite"):
+        decode_image(NETS, latent, "ct", decoder="window", window=(4, 4, 4))
 
 
 @pytest.mark.parametrize("rows", [5, 14])

@@ -90,13 +90,23 @@ def test_labels_keep_their_ids_and_the_whole_mask_is_saved(model: str) -> None:
 
 
 @pytest.mark.parametrize("values", [{"mode": "image"}, {}, {"compat": "reference"}], ids=["image", "paired", "compat"])
-def test_every_path_saves_hu_rounded_to_int16(model: str, values: dict[str, Any]) -> None:
+def test_every_path_saves_hu_rounded_to_int16(model: str, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]) -> None:
     """The reference saves float32 with a mask, and truncated int16 without (number 38)."""
+    whole: list[Any] = []
+    decode = synthesis.decoding.decode_image
+
+    def decoder(nets: Any, latent: torch.Tensor, modality: str, **how: Any) -> Any:
+        whole.append(synthesis.decoding.to_hu(synthesis.decoding.decode(nets, latent, **how), modality))
+        return decode(nets, latent, modality, **how)
+
+    monkeypatch.setattr(synthesis.decoding, "decode_image", decoder)
     sample = make(model, **values)[0]
     assert sample.image is not None
-    hu, stored = sample.image.array, nibabel.load(sample.paths["image"])
-    assert (hu.dtype, stored.get_data_dtype()) == (np.float32, np.int16)
-    assert np.array_equal(np.asarray(stored.dataobj), np.rint(hu))
+    made, stored = sample.image.array, nibabel.load(sample.paths["image"])
+    assert (made.dtype, stored.get_data_dtype()) == (np.int16, np.int16)
+    assert np.array_equal(np.asarray(stored.dataobj), made)
+    hu = whole[0] if sample.mask is None else np.where(sample.mask.array == 0, -1000, whole[0])
+    assert np.array_equal(made, np.rint(hu))
     assert (np.rint(hu) != np.trunc(hu)).mean() > 0.01  # truncating would be another image
 
 
@@ -108,19 +118,19 @@ def test_the_sampler_gets_the_corrected_times_and_the_reference_s_in_compatibili
     given: list[Schedule] = []
     noises: list[torch.Tensor] = []
     latents: list[torch.Tensor] = []
-    euler, decode = synthesis.sampling.euler, synthesis.decoding.decode
+    euler, decode = synthesis.sampling.euler, synthesis.decoding.decode_image
 
     def sampler(denoise: Any, noise: Any, schedule: Schedule, **how: Any) -> torch.Tensor:
         given.append(schedule)
         noises.append(noise)
         return euler(denoise, noise, schedule, **how)
 
-    def decoder(nets: Any, latent: torch.Tensor, **how: Any) -> torch.Tensor:
+    def decoder(nets: Any, latent: torch.Tensor, modality: str, **how: Any) -> Any:
         latents.append(latent)
-        return decode(nets, latent, **how)
+        return decode(nets, latent, modality, **how)
 
     monkeypatch.setattr(synthesis.sampling, "euler", sampler)
-    monkeypatch.setattr(synthesis.decoding, "decode", decoder)
+    monkeypatch.setattr(synthesis.decoding, "decode_image", decoder)
     make(model, steps=4, compat=compat)
     wanted = flow_schedule(4, (8, 8, 8), compat=compat is not None)
     assert given[0].times.tolist() == wanted.times.tolist()
