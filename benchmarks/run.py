@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --quick                                   # two cores, small sizes, five minutes
     python benchmarks/run.py --device cuda --out benchmarks/RESULTS.md # a GPU: every published row of the reference
+    python benchmarks/run.py --quick --groups decode --rows 128x128x128 # one group, a volume of one's own
     python benchmarks/run.py --quick --groups train                    # steps of training; see train_step.py for more of it
     python benchmarks/run.py --device cuda --rows 512x512x512 --memory-cap 8
 
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 
 MODEL = "rflow-ct"
-QUICK = ("96x64x64", "128x128x64")
+QUICK = ("128x128x64",)
 GROUPS = ("decode", "denoise", "train", "latents", "write", "fid")
 HEADER = "| path | seconds | times faster | peak GiB | times less | max difference | mean |"
 Call = Callable[[], Any]
@@ -68,7 +69,7 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
         if "decode" in asked.groups:
             yield from decoders(common, window, splits, quick=asked.quick)
         if "denoise" in asked.groups:
-            yield Case(group="denoise", side="MONAI, as it comes", **common)
+            yield Case(group="denoise", side="MONAI, as it comes", keep=True, **common)
             if asked.device == "cpu":
                 yield Case(group="denoise", side="MONAI, autocast", **common)
             yield Case(group="denoise", side="maisi", **common)
@@ -105,14 +106,14 @@ def decoders(common: dict[str, Any], window: tuple[int, int, int], splits: int, 
 
 
 def rows(asked: argparse.Namespace) -> list[tuple[tuple[int, int, int], tuple[int, int, int], int, float]]:
-    """Return volumes with the window, splits and overlap that the reference has for them: published rows, or small ones."""
+    """Return volumes with the window, splits and overlap that the reference has for them: published rows, or any where it is `quick`."""
     from maisi_cli.geometry import parse_size
     from maisi_cli.planning import measured_rows
 
     if asked.quick:
-        found = [(parse_size(text), tuple(max(8, n // 8) for n in parse_size(text)), 1, 0.4) for text in QUICK]
-    else:
-        found = [(tuple(row["size"]), tuple(row["window"]), int(row["splits"]), float(row["overlap"])) for _, row in measured_rows()]
+        sizes = [parse_size(text) for text in asked.rows or QUICK]
+        return [(size, tuple(max(8, n // 8) for n in size), 1, 0.4) for size in sizes]  # type: ignore[misc]
+    found = [(tuple(row["size"]), tuple(row["window"]), int(row["splits"]), float(row["overlap"])) for _, row in measured_rows()]
     wanted = None if asked.rows is None else {parse_size(text) for text in asked.rows}
     return [row for row in found if wanted is None or row[0] in wanted]  # type: ignore[misc]
 
@@ -407,7 +408,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, for a processor")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rows", nargs="+", metavar="XxYxZ", help="only these volumes")
+    parser.add_argument("--rows", nargs="+", metavar="XxYxZ", help="only these volumes; with --quick any")
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
     parser.add_argument("--memory-cap", type=float, metavar="GIB", help="what torch may have of a GPU")
     parser.add_argument("--rounds", type=int, default=2)

@@ -5,7 +5,8 @@
     python benchmarks/train_step.py --what unet controlnet --size 128x128x64
 
 Networks are those of `rflow-ct` at full width with the same random weights on every side: MONAI's modules as they come in float32,
-the same under autocast to bfloat16 (on CUDA as well), and `maisi_cli.fast_training` under the same autocast. A step is a forward pass,
+the same under autocast to bfloat16 (on CUDA as well), and what `train` uses under the same autocast: `maisi_cli.fast_training` where it pays,
+which on a processor is in autoencoders alone. A step is a forward pass,
 a loss and a backward pass; the optimiser is the same for all and left out. Sides take turns, so that what else the machine does
 falls on all of them; seconds are the least of some rounds.
 """
@@ -36,7 +37,7 @@ def step(what: str, side: str, size: tuple[int, int, int], device: str) -> tuple
     """
     from maisi_cli import networks
     from maisi_cli.catalog import model
-    from maisi_cli.fast_training import trainable
+    from maisi_cli.fast_training import pays, trainable
     from maisi_cli.testing import filled
 
     spec, ours = model(MODEL), side.startswith("maisi")
@@ -47,7 +48,7 @@ def step(what: str, side: str, size: tuple[int, int, int], device: str) -> tuple
         if name == "vae":  # splitting convolutions costs MONAI time, and drops voxels where a patch does not divide
             described = dataclasses.replace(described, arguments={**described.arguments, "num_splits": 1, "save_mem": False})
         network = filled(networks.build(described, fast=ours)).to(device)
-        found[name] = trainable(network) if ours else network
+        found[name] = trainable(network) if ours and pays(network, torch.device(device)) else network
     if what == "controlnet":
         found["unet"].requires_grad_(False).eval()
     trained = found[what]

@@ -24,7 +24,7 @@ NOT_MODELLED = "not modelled"
 NOT_MEASURED = "not measured"
 HEADROOM_GIB = 1.0  # what the driver and other programs take
 PROGRAM_GIB = 0.5  # what torch, MONAI and what they leave behind take of a host, measured
-HOST_BYTES = 15  # a voxel of the image in float32, twice while it is converted, of the file, and of the label map
+HOST_BYTES = 11  # a voxel of the image in int16, of the label map, and what the checks take beside them, measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
