@@ -5,10 +5,9 @@
     python benchmarks/train_step.py --what unet controlnet --size 128x128x64
 
 Networks are those of `rflow-ct` at full width with the same random weights on every side: MONAI's modules as they come in float32,
-the same under autocast to bfloat16 (on CUDA as well), and what `train` uses under the same autocast: `maisi_cli.fast_training` where it pays,
-which on a processor is in autoencoders alone. A step is a forward pass,
-a loss and a backward pass; the optimiser is the same for all and left out. Sides take turns, so that what else the machine does
-falls on all of them; seconds are the least of some rounds.
+the same under autocast to bfloat16 (on CUDA as well), and what `train` uses under the same autocast: `maisi_cli.fast_training` where
+it pays, which on a processor is in autoencoders alone. A step is a forward pass, a loss and a backward pass; the optimiser is the same
+for all and left out. Sides take turns, so that what else the machine does falls on all of them; seconds are the least of some rounds.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -20,6 +21,11 @@ from . import output
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
+ROOMS = (
+    "generate", "train", "data", "fid", "evaluate", "report", "spacing", "hardware", "export", "presets", "labelmaps", "models", "plugins",
+    "info", "doctor",
+)  # fmt: skip
+"""The modules whose commands there are, in the order of the help."""
 HELP = """Synthetic 3D CT and MR volumes with paired segmentation masks.
 
 maisi generate --preset chest-abdomen makes a CT and its label map with the small model that comes along; nothing is downloaded."""
@@ -27,8 +33,6 @@ maisi generate --preset chest-abdomen makes a CT and its label map with the smal
 
 def build(*, rich_help: bool = False) -> typer.Typer:
     """Return the application with all commands, those of plugins included."""
-    from . import browse, data, evaluate, export, fid, generate, hardware, report, spacing, train
-
     app = typer.Typer(
         name="maisi",
         help=HELP,
@@ -46,8 +50,8 @@ def build(*, rich_help: bool = False) -> typer.Typer:
         pass
 
     root.__doc__ = HELP
-    for module in (generate, train, data, fid, evaluate, report, spacing, hardware, export, browse):
-        module.register(app)
+    for name in ROOMS:
+        import_module(f".{name}", __name__).register(app)
     _add_plugin_commands(app)
     return app
 

@@ -261,3 +261,8 @@ def add_body_to_file(
     }
     files = {"input": str(source), "ct": str(ct), "output": str(target)}
     output.json_out({"schema": "maisi.labels-add-body/1", **files, "voxels": voxels})
+
+
+def register(root: typer.Typer) -> None:
+    """Add the group `labels`, the rest of which lies in its own module."""
+    root.add_typer(app, name="labels")

@@ -16,7 +16,7 @@ from .wording import facts, number, triple, words, yes
 if TYPE_CHECKING:
     from ..catalog import Limits, ModelSpec
 
-models_app = typer.Typer(help="The models that are known, and their weights.", no_args_is_help=True)
+app = typer.Typer(help="The models that are known, and their weights.", no_args_is_help=True)
 
 Row = dict[str, Any]
 ModelName = Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A model, or a model file.")]
@@ -26,7 +26,7 @@ Commercial = Annotated[bool, typer.Option("--commercial", help="Refuse weights t
 Again = Annotated[bool, typer.Option("--force", help="Fetch files anew that are there.")]
 
 
-@models_app.command("list", epilog=examples("maisi models list", "maisi models list --json", "maisi models list --features"))
+@app.command("list", epilog=examples("maisi models list", "maisi models list --json", "maisi models list --features"))
 def models_list(
     features: Annotated[bool, typer.Option("--features", help="List the feature extractors of `maisi fid` instead.")] = False,
     as_json: Json = False,
@@ -65,7 +65,7 @@ def models_list(
     output.table(["model", "installed", "modality", "modes", "up to", "licence", "commercial"], cells)
 
 
-@models_app.command(
+@app.command(
     "show",
     epilog=examples("maisi models show nano-ct", "maisi models show rflow-ct --json", "maisi models show nano-ct --toml"),
 )
@@ -177,7 +177,7 @@ def _limit_facts(limits: Limits) -> list[tuple[str, str]]:
     return rows
 
 
-@models_app.command("path", epilog=examples("maisi models path nano-ct", "maisi models path rflow-ct --json"))
+@app.command("path", epilog=examples("maisi models path nano-ct", "maisi models path rflow-ct --json"))
 def models_path(name: ModelName, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print where the weight files of a model lie, or belong, one a line."""
     from ..catalog import model
@@ -195,7 +195,7 @@ def models_path(name: ModelName, as_json: Json = False, quiet: Quiet = False, ve
         output.data(row["file"])
 
 
-@models_app.command(
+@app.command(
     "pull",
     epilog=examples(
         "maisi models pull rflow-ct --accept-license",
@@ -247,7 +247,7 @@ def models_pull(
         output.json_out({"schema": "maisi.models-pull/1", "models": done})
 
 
-@models_app.command("verify", epilog=examples("maisi models verify nano-ct", "maisi models verify rflow-ct rflow-mr --json"))
+@app.command("verify", epilog=examples("maisi models verify nano-ct", "maisi models verify rflow-ct rflow-mr --json"))
 def models_verify(names: ModelNames, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Hash installed files anew and check that they fit their networks. Exit code 1 when one is not as it was installed."""
     from ..catalog import model
@@ -275,7 +275,7 @@ def models_verify(names: ModelNames, as_json: Json = False, quiet: Quiet = False
         raise typer.Exit(1)
 
 
-@models_app.command("remove", epilog=examples("maisi models remove rflow-ct", "maisi models remove rflow-ct --json"))
+@app.command("remove", epilog=examples("maisi models remove rflow-ct", "maisi models remove rflow-ct --json"))
 def models_remove(names: ModelNames, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Remove installed weights; files that another installed model uses stay."""
     from ..catalog import model
@@ -296,9 +296,7 @@ def models_remove(names: ModelNames, as_json: Json = False, quiet: Quiet = False
         output.json_out({"schema": "maisi.models-remove/1", "models": rows})
 
 
-@models_app.command(
-    "export", epilog=examples("maisi models export rflow-ct", "maisi models export rflow-ct rflow-mr --out weights.tar --json")
-)
+@app.command("export", epilog=examples("maisi models export rflow-ct", "maisi models export rflow-ct rflow-mr --out weights.tar --json"))
 def models_export(
     names: ModelNames,
     out: Annotated[
@@ -325,7 +323,7 @@ def models_export(
         output.data(str(path))
 
 
-@models_app.command(
+@app.command(
     "import",
     epilog=examples("maisi models import rflow-ct.tar --accept-license", "maisi models import weights.tar --accept-license --json"),
 )
@@ -349,3 +347,8 @@ def models_import(
         return
     for file in (*done.files, *done.present):
         output.data(str(file))
+
+
+def register(root: typer.Typer) -> None:
+    """Add the group."""
+    root.add_typer(app, name="models")

@@ -1,8 +1,7 @@
-"""Looking around: presets, plugins and files; labels, models and the doctor have modules of their own."""
+"""`maisi presets`: list, show, check and write presets."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,24 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import doctor, labelmaps, models, output
+from . import output
 from .options import Force, Json, Quiet, Verbose, examples
-from .wording import facts, number, toml, triple, verdict, words, yes
+from .wording import number, toml, triple, verdict
 
 if TYPE_CHECKING:
     from ..presets import Preset
 
-presets_app = typer.Typer(help="List, show, check and write presets.", no_args_is_help=True)
-plugins_app = typer.Typer(help="What plugins add.", no_args_is_help=True)
+app = typer.Typer(help="List, show, check and write presets.", no_args_is_help=True)
 
 OWN_PRESETS = Path("maisi-presets")
 Row = dict[str, Any]
 
 
-# --- presets --------------------------------------------------------------------------------
-
-
-@presets_app.command(
+@app.command(
     "list",
     epilog=examples("maisi presets list", "maisi presets list --kind gpu", "maisi presets list --modality mri-t1 --json"),
 )
@@ -88,7 +83,7 @@ def _preset_row(preset: Preset) -> Row:
     }
 
 
-@presets_app.command(
+@app.command(
     "show",
     epilog=examples("maisi presets show chest-abdomen", "maisi presets show 24g", "maisi presets show abdomen --json"),
 )
@@ -99,18 +94,18 @@ def presets_show(
     verbose: Verbose = False,
 ) -> None:
     """Show a preset as TOML, with the evidence that its figures rest on and the path of its file."""
-    preset = _preset(name)
+    found = preset(name)
     if as_json:
-        output.json_out({"schema": "maisi.preset-show/1", **_preset_facts(preset)})
+        output.json_out({"schema": "maisi.preset-show/1", **facts_of(found)})
     else:
-        _print_preset(preset)
+        print_preset(found)
 
 
-def _preset_facts(preset: Preset) -> Row:
+def facts_of(preset: Preset) -> Row:
     return {**_preset_row(preset), "values": preset.values, "evidence": preset.evidence}
 
 
-def _print_preset(preset: Preset) -> None:
+def print_preset(preset: Preset) -> None:
     """Print a preset's file as it is; one that extends another is printed with all values that hold."""
     import tomllib
 
@@ -131,7 +126,7 @@ def _every_preset() -> dict[str, Preset]:
     return {each.name: each for kind in presets.FOLDERS for each in presets.presets(kind)}
 
 
-def _preset(name: str) -> Preset:
+def preset(name: str) -> Preset:
     """Return a preset of any kind by name, or from a file. Raises `UsageError` with near matches."""
     from .. import presets
     from ..errors import unknown
@@ -152,7 +147,7 @@ def _preset_file(name: str) -> Path:
     return Path(name)
 
 
-@presets_app.command(
+@app.command(
     "validate",
     epilog=examples("maisi presets validate my-liver.toml", "maisi presets validate my-liver.toml chest-abdomen --json"),
 )
@@ -165,7 +160,7 @@ def presets_validate(
     """Check preset files: keys, values and the names they use. Exit code 1 with every problem."""
     from .. import presets
 
-    paths = [_preset_file(name) if name.endswith(".toml") else _preset(name).path for name in names]
+    paths = [_preset_file(name) if name.endswith(".toml") else preset(name).path for name in names]
     found = {str(path): presets.validate(path) for path in paths}
     passed = not any(found.values())
     if as_json:
@@ -178,7 +173,7 @@ def presets_validate(
         raise typer.Exit(1)
 
 
-@presets_app.command(
+@app.command(
     "new",
     epilog=examples("maisi presets new my-liver --from abdomen", "maisi presets new my-gpu --from 24g --out presets/"),
 )
@@ -203,7 +198,7 @@ def presets_new(
         raise UsageError(f"{name!r} is not a name for a preset", hint=hint)
     if base.endswith(".toml"):
         raise UsageError(f"--from takes the name of a preset, not {base}", hint="see  maisi presets list")
-    parent, path = _preset(base), out / f"{name}.toml"
+    parent, path = preset(base), out / f"{name}.toml"
     taken = _every_preset().get(name)
     if taken is not None and (name == base or taken.path.resolve() != path.resolve()):
         raise UsageError(f"the name {name} is taken by {taken.path}", hint="choose another name")
@@ -240,166 +235,6 @@ def _template(name: str, parent: Preset) -> str:
     return "\n".join([*lines, "", f"# Check it:  maisi presets validate {name}.toml", ""])
 
 
-# --- plugins --------------------------------------------------------------------------------
-
-
-@plugins_app.command("list", epilog=examples("maisi plugins list", "maisi plugins list --json"))
-def plugins_list(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """List plugins with package, version and what each adds, or why it was skipped."""
-    from ..plugins import plugins
-
-    infos = plugins().infos
-    if as_json:
-        rows = [{**dataclasses.asdict(info), "adds": list(info.adds)} for info in infos]
-        output.json_out({"schema": "maisi.plugins/1", "plugins": rows})
-        return
-    cells = [[info.name, info.package, info.version, info.problem or words(info.adds) or "nothing"] for info in infos]
-    output.table(["plugin", "package", "version", "adds"], cells)
-
-
-# --- info -----------------------------------------------------------------------------------
-
-
-def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="NIfTI file, record, model or preset file.")],
-    vocabulary: Annotated[str, typer.Option("--labels", metavar="NAME|FILE", help="Vocabulary of a label map.")] = "maisi",
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Say what a file holds: an image or label map and how it was made, a record, a model, a preset."""
-    from ..errors import UsageError
-
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UsageError(f"the file {file} {what}", hint="give the path of a file")
-    if file.name.endswith(".json"):
-        _info_record(file, as_json)
-    elif file.name.endswith(".toml"):
-        _info_toml(file, as_json)
-    elif file.name.endswith((".nii", ".nii.gz")):
-        _info_volume(file, vocabulary, as_json)
-    else:
-        hint = "it reads .nii.gz and .nii, records (.json), models and presets (.toml)"
-        raise UsageError(f"{file} is not a file that info reads", hint=hint)
-
-
-def _info_toml(file: Path, as_json: bool) -> None:
-    import tomllib
-
-    from ..catalog import read_model
-    from ..errors import UsageError
-
-    try:
-        schema = tomllib.loads(file.read_text("utf-8")).get("schema")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read: {error}", hint="give a model or preset file") from error
-    if schema == "maisi.model/1":
-        spec = read_model(file)
-        if as_json:
-            _info_json(file, "model", models.facts_of(spec))
-        else:
-            models.print_model(spec)
-    elif schema == "maisi.preset/1":
-        preset = _preset(str(file))
-        if as_json:
-            _info_json(file, "preset", _preset_facts(preset))
-        else:
-            _print_preset(preset)
-    else:
-        hint = "info reads the schemas maisi.model/1 and maisi.preset/1"
-        raise UsageError(f"{file} has the schema {schema!r}", hint=hint)
-
-
-def _info_json(file: Path, kind: str, content: Row) -> None:
-    output.json_out({"schema": "maisi.info/1", "path": str(file), "kind": kind, kind: content})
-
-
-def _info_record(file: Path, as_json: bool) -> None:
-    from .. import record
-
-    found = record.read(file)
-    changed = record.changed_outputs(found, file.parent)
-    if as_json:
-        _info_json(file, "record", {**found, "changed_outputs": changed})
-        return
-    facts([("record", file), *_record_facts(found)])
-    output.data("")
-    cells = [
-        [name, toml(entry["value"]), entry["origin"]]
-        for name, entry in found["settings"].items()
-        if entry["origin"] != "default" and entry["value"] is not None
-    ]
-    output.table(["setting", "value", "origin"], cells)
-    for name in changed:
-        output.warn(f"{name} is missing, or is not the file that was recorded")
-
-
-def _record_facts(found: Mapping[str, Any]) -> list[tuple[str, object]]:
-    tool, qc, timing = (found.get(key) or {} for key in ("tool", "qc", "timing"))
-    result = "not checked" if "passed" not in qc else "passed" if qc["passed"] else "FAILED"
-    return [
-        ("made by", f"{tool.get('name', '?')} {tool.get('version', '?')}"),
-        ("model", found["model"].get("name", "?")),
-        ("seed", f"{found['seed']}, sample {found.get('index', '?')}, attempt {found.get('attempt', '?')}"),
-        ("finished", timing.get("finished", "?")),
-        ("qc", result),
-        ("outputs", words(entry["file"] for entry in found["outputs"].values())),
-    ]
-
-
-def _info_volume(file: Path, vocabulary: str, as_json: bool) -> None:
-    from .. import record
-    from ..anatomy import remap_table
-    from ..errors import MaisiError
-    from ..volumes import describe
-
-    remap_table(vocabulary)
-    about = describe(file, vocabulary=vocabulary)
-    found, problem = None, None
-    if about["record"] is not None:
-        try:
-            found = record.read(about["record"])
-        except MaisiError as error:
-            problem = error.message
-    if as_json:
-        kept = ("tool", "model", "seed", "index", "attempt", "qc")
-        made = None if found is None else {key: found.get(key) for key in kept}
-        output.json_out({**about, "made": made, "record_problem": problem})
-        return
-    kind = "label map" if about["kind"] == "label" else "image"
-    rows: list[tuple[str, object]] = [
-        ("file", about["path"]),
-        ("kind", f"{kind}, {about['dtype']}{', synthetic' if about['synthetic'] else ''}"),
-        ("size", f"{triple(about['size'])} voxels"),
-        ("spacing", f"{triple(about['spacing_mm'])} mm"),
-        ("fov", f"{triple(about['fov_mm'])} mm"),
-        ("stored as", f"{about['orientation']}, {triple(about['stored_size'])}"),
-        ("description", about["description"]),
-    ]
-    if about["kind"] == "label":
-        rows.append(("body (200)", yes(about["body_envelope"])))
-    elif "intensity" in about:
-        rows.append(("values", words(f"{name} {value:g}" for name, value in about["intensity"].items())))
-    if about.get("not_finite"):
-        rows.append(("not finite", f"{about['not_finite']} voxels"))
-    if about["record"] is not None:
-        rows.append(("record", about["record"]))
-    facts([*rows, *(_record_facts(found) if found else [])])
-    if problem is not None:
-        output.warn(problem)
-    if about["kind"] == "label":
-        output.data("")
-        cells = [[row["id"], row["name"], row["voxels"], row["ml"]] for row in about["labels"]]
-        output.table(["id", "name", "voxels", "ml"], cells, right=("id", "voxels", "ml"))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.add_typer(presets_app, name="presets")
-    app.add_typer(labelmaps.app, name="labels")
-    app.add_typer(models.models_app, name="models")
-    app.add_typer(plugins_app, name="plugins")
-    epilog = examples("maisi info label.nii.gz", "maisi info sample_record.json", "maisi info ct.nii.gz --json")
-    app.command("info", epilog=epilog)(info)
-    doctor.register(app)
+def register(root: typer.Typer) -> None:
+    """Add the group."""
+    root.add_typer(app, name="presets")
