@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
@@ -42,9 +43,10 @@ def accelerated(settings: TrainSettings) -> Iterator[tuple[Accelerator, Team]]:
     together = DistributedDataParallelKwargs(
         find_unused_parameters=settings.train_unet, gradient_as_bucket_view=device.type != "cpu"
     )  # fmt: skip
+    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR, dynamic=False)  # symbolic sizes fail in inductor
     accelerator = Accelerator(
         mixed_precision="no" if settings.precision == "fp32" else settings.precision, cpu=device.type == "cpu",
-        dynamo_backend="inductor" if settings.compile else None, kwargs_handlers=[together, InitProcessGroupKwargs(timeout=_PATIENCE)],
+        dynamo_plugin=compiler if settings.compile else None, kwargs_handlers=[together, InitProcessGroupKwargs(timeout=_PATIENCE)],
     )  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
         raise UsageError("only FSDP 2 on GPUs is trained with", hint="accelerate launch --use_fsdp --fsdp_version 2")
