@@ -40,6 +40,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .killing import killed_anywhere
+
 PRESETS = Path(__file__).resolve().parents[1] / "presets" / "train"
 KINDS = ("vae", "dm", "controlnet")
 NAMES = {"vae": "vae", "dm": "unet", "controlnet": "controlnet"}
@@ -424,57 +426,12 @@ def test_two_processes_train_as_one_for_each_trainer(folder: Path, tmp_path: Pat
     assert two == pytest.approx(one, rel=1e-4)
 
 
-KILLER = """
-import json, os, signal, sys
-from pathlib import Path
-from maisi_cli.train import train
-arguments = json.loads(sys.argv[1])
-out = Path(sys.argv[2])
-
-def killed(at):
-    seen = 0
-    def hook(event, values):
-        nonlocal seen
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and str(out / str(at)) in str(values[0]):
-            seen += 1
-            if seen == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-    train(**arguments, out=out / str(at), resume="auto")
-
-train(**arguments, out=out / "whole")
-at, status = 0, 1
-while status:
-    at += 1
-    number = os.fork()
-    if number == 0:
-        killed(at)
-        os._exit(0)
-    status = os.waitpid(number, 0)[1]
-    assert status == 0 or os.WIFSIGNALED(status), status
-    train(**arguments, out=out / str(at), resume="auto")
-print(at)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_trainer_that_is_killed_at_any_file_operation_goes_on_bit_equal(folder: Path, tmp_path: Path, kind: str) -> None:
-    arguments = {"kind": kind, "data": str(folder / "data"), "overrides": overrides(folder, kind, save_every=2, validate_every=2)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(arguments), str(tmp_path)], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 60
-    whole = state_of(tmp_path / "whole")
-    exported = load_file(tmp_path / "whole" / f"{NAMES[kind]}.safetensors")
-    for at in range(1, int(done.stdout) + 1):
-        found = state_of(tmp_path / str(at))
-        for name in ("model", "average", "optimiser", "rng"):
-            assert all(torch.equal(value, found[name][key]) for key, value in whole[name].items()), (at, name)
-        again = load_file(tmp_path / str(at) / f"{NAMES[kind]}.safetensors")
-        assert all(torch.equal(value, again[key]) for key, value in exported.items()), at
+    killed_anywhere(
+        {"kind": kind, "data": str(folder / "data"), "overrides": overrides(folder, kind, save_every=2, validate_every=2)}, tmp_path
+    )
 
 
 @given(st.integers(0, 100), st.floats(0, 1), st.sampled_from(["cosine", "polynomial"]))

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .fakehub import _MASK_NETWORKS
+from .killing import killed_anywhere
 
 LIVER = SLOTS.index("liver")
 WEIGHTS = """
@@ -243,6 +244,14 @@ def test_two_and_two_steps_are_four(folder: Path, weights: Path, tmp_path: Path,
         one, two = (load_file(tmp_path / name / "checkpoints" / "step_00000004" / f"{part}.safetensors") for name in ("whole", "parts"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask-vae", "mask-dm"])
+def test_a_run_that_is_killed_at_any_file_operation_goes_on_bit_equal(folder: Path, weights: Path, tmp_path: Path, kind: str) -> None:
+    more = {"vae": str(weights)} if kind == "mask-dm" else {}
+    table = changes(folder, steps=4, max_minutes=None, save_every=2, validate_every=2, device="cpu", **more)
+    killed_anywhere({"kind": kind, "data": str(folder / "data"), "overrides": table}, tmp_path)
 
 
 @pytest.fixture(scope="module")
