@@ -132,7 +132,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[s
 
     ready = {key: value.detach().cpu().to(torch.float16 if half and value.is_floating_point() else value.dtype).contiguous()
              for key, value in tensors.items()}  # fmt: skip
-    write_atomic(path, save(ready, metadata=dict(metadata)))
+    write_atomic(path, save(ready, metadata=dict(metadata) or None))  # safetensors 0.8.0 breaks a file that has neither
     return path
 
 
