@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +32,23 @@ def decode(
     return _assembled((part.float() for part in parts), latent)
 
 
-def decode_image(networks: Networks, latent: Tensor, modality: str, **how: Any) -> NDArray[np.int16]:
-    """Decode a latent (1, C, x, y, z) to the numbers an image file holds: int16 (4x, 4y, 4z), HU (CT) or MR units, rounded to even.
+def decode_image(
+    networks: Networks, latent: Tensor, modality: str, *, decoder: str = "exact", sweeps: str = "store",
+    window: Sequence[int] | None = None, overlap: float = 0.4, on_event: OnEvent = ignore,
+) -> NDArray[np.int16]:  # fmt: skip
+    """Decode a latent (1, C, x, y, z) to the numbers of an image file: int16 (4x, 4y, 4z), HU (CT) or MR units, halves rounded to even.
 
-    Every slab is rescaled and rounded where it was decoded, so a volume in float32 is held nowhere. `how` is that of `decode`.
+    Every slab is rescaled and rounded where it was decoded, so a volume in float32 is held nowhere. Options are those of `decode`.
     Raises `Rejected` where the decoder gives a value that is not finite, and what `decode` raises.
     """
-    settings = {"decoder": "exact", "sweeps": "store", "window": None, "overlap": 0.4, "on_event": ignore, **how}
 
     def stored(part: Tensor) -> Tensor:
         if not bool(torch.isfinite(part).all()):
             raise Rejected("the decoder gave values that are not finite", hint="use --dtype fp32")
         return to_units(part.float(), modality).round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
 
-    made: NDArray[np.int16] = _assembled(map(stored, _parts(networks, latent, **settings)), latent)[0, 0].numpy()
+    parts = _parts(networks, latent, decoder, sweeps, window, overlap, on_event)
+    made: NDArray[np.int16] = _assembled(map(stored, parts), latent)[0, 0].numpy()
     return made
 
 
