@@ -11,11 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maisi_cli import phantom
 from maisi_cli.catalog import model
 from maisi_cli.decoding import check_splits, decode, decode_image, decode_window, reference_decoder, to_hu
 from maisi_cli.errors import Rejected, UsageError
 from maisi_cli.events import Step
-from maisi_cli.networks import Networks, build
+from maisi_cli.geometry import Geometry
+from maisi_cli.networks import Networks, build, load
+from maisi_cli.quality.seams import profile
+from maisi_cli.weights import locate
 from torch import Tensor, nn
 
 from .golden import CPU, FP32, Golden, Shared, case, close, networks, spec, worst
@@ -235,6 +239,28 @@ def test_an_image_holds_what_int16_can_and_nothing_that_is_no_number(value: floa
         return
     with pytest.raises(Rejected, match="not finite"):
         decode_image(NETS, latent, "ct", decoder="window", window=(4, 4, 4))
+
+
+def test_slabs_leave_no_seam_in_a_body_where_windows_do() -> None:
+    """What the seam check measures between planes is that of the whole volume, in every mode; windows step where they meet."""
+    found = model("nano-ct")
+    parts = ["vae", "unet"]  # whose file holds the scale of latents
+    nets = load(found, parts, device=CPU, precision=FP32, files=locate(found, parts))
+    body = phantom.body(Geometry(size=(96, 96, 64), spacing=(4.0, 4.0, 4.0)), 7)
+    hu = phantom.render(body, 7).array
+    latent = nets.encode(torch.from_numpy((np.asarray(hu, np.float32).clip(-1000, 1000) + 1000) / 2000)[None, None])
+    with torch.inference_mode():
+        whole = to_hu(nets.parts["vae"].decode_stage_2_outputs(latent / nets.scale_factor), "ct")  # type: ignore[operator]
+
+    def apart(made: Any) -> float:
+        """By how many HU the steps between planes differ from those of the whole volume, at most."""
+        return max(float(np.nanmax(np.abs(profile(made, axis).step - profile(whole, axis).step))) for axis in range(3))
+
+    for mode in ("store", "half", "recompute"):
+        made = to_hu(decode(nets, latent, sweeps=mode), "ct")
+        assert np.abs(made - whole).max() < 0.2  # 1e-4 of the range
+        assert apart(made) < 0.1
+    assert apart(to_hu(decode(nets, latent, decoder="window", window=(12, 12, 8), overlap=0.25), "ct")) > 5
 
 
 @pytest.mark.parametrize("rows", [5, 14])
