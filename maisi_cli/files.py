@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .settings import GenerateSettings
 
 NIFTI_ENDS = (".nii.gz", ".nii")
+LOCK = ".lock"
 Save = TypeVar("Save", bound=Callable[..., Any])
 
 
@@ -52,6 +54,35 @@ def require_folder(path: Path) -> None:
         raise UsageError(f"cannot write to {path}: {standing} is a file", hint="choose another --out")
     if standing is not None and not os.access(standing, os.W_OK | os.X_OK):
         raise CannotRun(f"cannot write to {path}: {standing} is not writable", hint="choose another --out")
+
+
+@contextlib.contextmanager
+def hold(folder: Path, *, busy: str, elsewhere: str = "choose another --out") -> Iterator[None]:
+    """Hold a folder, made if need be, so that two processes never write to it at once; a folder that was made and stays empty is removed.
+
+    A process lets go when it ends, however it ends. Raises `CannotRun` saying `busy` where another holds the folder, and with the
+    hint `elsewhere` where it cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise CannotRun(busy, hint="wait until it is done") from error
+    except OSError as error:
+        raise CannotRun(f"cannot write to {folder}: {error.strerror}", hint=elsewhere) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            for each in made:
+                each.rmdir()
 
 
 def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:

@@ -25,7 +25,7 @@ from . import __version__
 from .catalog import HUB_NAME, Licence, ModelSpec, WeightFile, extractors, home, models, pull_command
 from .errors import CannotRun, Rejected, UsageError
 from .events import Note, OnEvent, Stage, Step, ignore
-from .files import refuse_overwriting, write_atomic
+from .files import hold, refuse_overwriting, write_atomic
 from .hub import parts
 from .record import sha256_of
 
@@ -184,29 +184,13 @@ def require_space(folder: Path, needed: int, what: str) -> None:
                         hint="free some space, or set MAISI_HOME to another disk")  # fmt: skip
 
 
-@contextlib.contextmanager
-def locked() -> Iterator[None]:
+def locked() -> contextlib.AbstractContextManager[None]:
     """Hold the folder of weights, so that two commands never write to it at once. Raises `CannotRun`."""
-    from filelock import FileLock, Timeout
-
-    folder = home() / "models"
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise CannotRun("another command is changing the installed weights", hint="wait until it is done") from error
-    except OSError as error:
-        raise CannotRun(f"cannot write to {folder}: {error.strerror}", hint="set MAISI_HOME to a folder that can be written to") from error
-    try:
-        yield
-    finally:
-        lock.release()
-        if made and [each.name for each in folder.iterdir()] == [".lock"]:  # nothing was installed, nothing stays behind
-            (folder / ".lock").unlink()
-            for each in made:
-                each.rmdir()
+    return hold(
+        home() / "models",
+        busy="another command is changing the installed weights",
+        elsewhere="set MAISI_HOME to a folder that can be written to",
+    )
 
 
 # --- archives -----------------------------------------------------------------------------------

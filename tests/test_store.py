@@ -28,7 +28,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Return the files of a folder, but for the lock of the folder of weights."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def put(spec: ModelSpec) -> None:
@@ -83,7 +83,7 @@ def test_a_bundle_carries_a_model_to_another_machine(
     assert spec.installed()
     again = store.import_bundle(bundle, accept_license=True)
     assert (len(again.files), len(again.present)) == (0, len(CONTENT))
-    assert sorted(path.name for path in (there / "models").iterdir()) == [".lock", "maisi-test"]
+    assert sorted(path.name for path in (there / "models").iterdir()) == ["maisi-test"]
 
 
 def test_the_same_weights_make_the_same_bundle(spec: ModelSpec, bundle: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_removal_leaves_nothing_of_a_model(spec: ModelSpec, home: Path) -> None:
     assert kept == []
     assert len(removed) == 2 * len(CONTENT) + 1
     assert tree(home) == {}
-    assert [path.name for path in (home / "models").iterdir()] == [".lock"]
+    assert [path.name for path in (home / "models").iterdir()] == []
     assert store.remove(spec) == ([], [])
 
 

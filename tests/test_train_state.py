@@ -19,6 +19,7 @@ import pytest
 import torch
 from maisi_cli.errors import CannotRun, MaisiError, UsageError
 from maisi_cli.events import Event, Note, Step, Stopped, ignore
+from maisi_cli.files import hold
 from maisi_cli.geometry import Geometry
 from maisi_cli.plugins import plugins
 from maisi_cli.team import Team
@@ -276,6 +277,18 @@ def test_a_state_that_is_gone_is_named(run: Path) -> None:
 def test_best_weights_that_are_gone_are_named(run: Path, name: str) -> None:
     (run / f"{name}.safetensors").unlink()
     refused(run, f"best weights .*{name}.safetensors are missing")
+
+
+def test_two_processes_never_train_in_one_folder(run: Path, tmp_path: Path) -> None:
+    with hold(run, busy="busy"):
+        before = contents(run)
+        with pytest.raises(CannotRun, match=f"another process trains in {run}"):
+            train(run, resume="auto", steps=6)
+        assert contents(run) == before
+    train(run, resume="auto", steps=6)
+    with hold(tmp_path / "new" / "run", busy="busy"):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing came of it
 
 
 @pytest.mark.parametrize("left", ["toy.safetensors", "log.jsonl"])

@@ -298,7 +298,7 @@ def on_hub(fake: FakeHub, tmp_path: Path) -> ModelSpec:
 
 def tree(folder: Path) -> list[str]:
     """Return the files of a folder, but for the lock of the folder of weights."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def refused(spec: ModelSpec, says: str, kind: type[MaisiError] = CannotRun, **flags: Any) -> MaisiError:

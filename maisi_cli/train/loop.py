@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import MaisiError, UsageError
 from ..events import Note, OnEvent, Saved, Stage, Step, Stopped, ignore
 from ..fast_training import pays, trainable
+from ..files import hold
 from ..team import Team
 from ..weights import save_state
 from .distributed import SharedNoise, accelerated, part_of, whole
@@ -84,7 +85,10 @@ def run(
     written = _weights(out, task)
     check_trackers(settings.trackers)
     refuse_losing({"init": settings.init, "unet": settings.unet, "vae": settings.vae}, written, out)
-    with accelerated(settings) as (accelerator, ranks):
+    with (
+        accelerated(settings) as (accelerator, ranks),
+        hold(out, busy=f"another process trains in {out}") if ranks.rank == 0 else nullcontext(),
+    ):
         checkpoint = ranks.share(starting_point(out, written, resume, force=force) if ranks.rank == 0 else None)
         torch.manual_seed(settings.seed)
         learner, prepared, opponent = _prepared(task, settings, accelerator)
