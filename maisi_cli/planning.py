@@ -397,7 +397,10 @@ def require_fit(made: Plan) -> None:
     if made.fits is False:
         peak = max(stage.peak_gib for stage in made.stages if stage.peak_gib is not None)
         size = format_triple(made.geometry.size) if made.geometry else "?"
+        assert made.gpu.memory_gib is not None
+        assert made.margin_gib is not None
         raise CannotRun(
-            f"{made.model} at {size} needs {peak:g} GiB; {made.gpu.name} has {made.gpu.memory_gib:g}",
+            f"{made.model} at {size} needs {peak:g} GiB, {made.gpu.memory_gib - made.margin_gib:.2f} with a margin; "
+            f"{made.gpu.name} has {made.gpu.memory_gib:g}",
             hint="use a smaller --size, or --model nano-ct",
         )

@@ -242,7 +242,7 @@ def test_what_is_known_not_to_fit_gives_the_plan_and_exit_code_3(maisi):
     assert done.code == 3
     assert done.json["fits"] is False
     most = max(stage["peak_gib"] for stage in done.json["stages"][:2])
-    assert f"needs {most:g} GiB" in done.err
+    assert f"needs {most:g} GiB, " in done.err
     text = maisi("gpu-plan --size 512x512x768 --memory 6GiB")
     assert text.code == 3
     assert f"fits    no, {-done.json['margin_gib']:g} GiB short" in text.out
