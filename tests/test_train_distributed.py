@@ -251,14 +251,22 @@ def test_precision_may_change_from_run_to_run_of_one_process() -> None:
             assert ranks.size == 1
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+
+
 @pytest.mark.slow
-def test_torchrun_and_the_flag_agree(folder: Path, two: tuple[Path, list[Event]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers_and_the_flag_agree(
+    launcher: tuple[str, ...], folder: Path, two: tuple[Path, list[Event]], tmp_path: Path
+) -> None:  # fmt: skip
     words = ["train", "dm", "--data", str(folder / "latents.json"), "--out", str(tmp_path / "run")]
     for key, value in overrides(folder).items():
         if value is not None:
             words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maisi_cli", *words]
+    command = [sys.executable, "-m", *launcher, "-m", "maisi_cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "run" / "unet.safetensors")]  # the first process answers
