@@ -82,7 +82,7 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
         for side in ("nibabel, float32 .nii.gz", "maisi, float16 .npy"):
             yield Case(group="latents", side=side, size=size, device="cpu", rounds=5)
     if "write" in asked.groups:
-        size = parse_size(asked.rows[0]) if asked.quick and asked.rows else (256, 256, 256) if asked.quick else (512, 512, 512)
+        size = parse_size((asked.rows or ["256x256x256"])[0]) if asked.quick else (512, 512, 512)
         for side in ("nibabel, float32", "maisi, int16"):
             yield Case(group="write", side=side, size=size, device="cpu", rounds=2)
     if "fid" in asked.groups:

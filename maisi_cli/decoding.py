@@ -38,7 +38,8 @@ def decode_image(
 ) -> NDArray[np.int16]:  # fmt: skip
     """Decode a latent (1, C, x, y, z) to the numbers of an image file: int16 (4x, 4y, 4z), HU (CT) or MR units, halves rounded to even.
 
-    Every slab is rescaled and rounded where it was decoded, so a volume in float32 is held nowhere. Options are those of `decode`.
+    Every slab is rescaled and rounded where it was decoded, so `exact` holds no volume in float32; windows and engines make one, on the
+    device. Options are those of `decode`.
     Raises `Rejected` where the decoder gives a value that is not finite, and what `decode` raises.
     """
 

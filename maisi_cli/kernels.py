@@ -31,6 +31,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return volumes that follow each other along x as one; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=2)
+
+
 @dataclass(frozen=True, slots=True)
 class Affine:
     """What a group norm comes to once its statistics are known: scale and shift (C,) in float32, then SiLU or nothing."""
@@ -156,8 +161,7 @@ def convolution(
             start += part.shape[2]
         return made
     made = functional.conv3d(x, conv.weight, None, **how).contiguous(memory_format=LAYOUT)  # cuDNN adds a bias in a pass of its own
-    added = torch.cat(tuple(beside), dim=2) if len(beside) > 1 else beside[0] if beside else None
-    triton.finish(rows_of(made), bias, None if added is None else rows_of(added))
+    triton.finish(rows_of(made), bias, rows_of(joined(beside)) if beside else None)
     return made
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from . import kernels
 from .estimates import SWEEPS, thickness
-from .kernels import LAYOUT, Affine, Moments, convolution
+from .kernels import LAYOUT, Affine, Moments, convolution, joined
 
 MODES = SWEEPS
 """What a sweep leaves at full resolution: the result of every step, of the first residual block, or nothing."""
@@ -98,8 +98,7 @@ class Queue:
 
     def take(self, planes: int) -> Tensor:
         """Return the next planes."""
-        parts = self.parts(planes)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return joined(self.parts(planes))
 
     def parts(self, planes: int) -> list[Tensor]:
         """Return the next planes as they came."""

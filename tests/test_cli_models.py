@@ -52,7 +52,7 @@ def maisi(hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 def installed(tmp_path: Path) -> list[str]:
-    """Return the files below the folder of weights, but for its lock."""
+    """Return the files below the folder of weights."""
     files = (tmp_path / "home").rglob("*")
     return sorted(path.name for path in files if path.is_file())
 

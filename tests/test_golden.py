@@ -102,7 +102,7 @@ def test_a_whole_run_in_half_precision_ends_within_its_rounding_of_the_reference
     away = np.abs(to_hu(intensity, "ct") - theirs)
     rounding = np.abs(to_hu(decode(networks(shared, "rflow", "unet", "vae"), golden.tensor("decode_input")), "ct") - theirs)
     assert float(away.max()) < 13
-    assert float(away.mean()) < 1.2 * float(rounding.mean()) < 1.1  # theirs is as far from what float32 makes of its own latent
+    assert float(away.mean()) < 1.15 * float(rounding.mean()) < 1  # theirs is as far from what float32 makes of its own latent
 
 
 # --- labels -----------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def on_hub(fake: FakeHub, tmp_path: Path) -> ModelSpec:
 
 
 def tree(folder: Path) -> list[str]:
-    """Return the files of a folder, but for the lock of the folder of weights."""
+    """Return the files of a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 

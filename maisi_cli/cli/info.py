@@ -12,8 +12,6 @@ from . import models, output, presets
 from .options import Json, Quiet, Verbose, examples
 from .wording import facts, toml, triple, words, yes
 
-Row = dict[str, Any]
-
 
 def info(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="NIfTI file, record, model or preset file.")],
@@ -66,7 +64,7 @@ def _info_toml(file: Path, as_json: bool) -> None:
         raise UsageError(f"{file} has the schema {schema!r}", hint=hint)
 
 
-def _info_json(file: Path, kind: str, content: Row) -> None:
+def _info_json(file: Path, kind: str, content: dict[str, Any]) -> None:
     output.json_out({"schema": "maisi.info/1", "path": str(file), "kind": kind, kind: content})
 
 

@@ -43,10 +43,11 @@ def accelerated(settings: TrainSettings) -> Iterator[tuple[Accelerator, Team]]:
     together = DistributedDataParallelKwargs(
         find_unused_parameters=settings.train_unet, gradient_as_bucket_view=device.type != "cpu"
     )  # fmt: skip
-    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR, dynamic=False)  # symbolic sizes fail in inductor
+    # compiled for each size: symbolic sizes fail in inductor
+    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR, dynamic=False) if settings.compile else None
     accelerator = Accelerator(
         mixed_precision="no" if settings.precision == "fp32" else settings.precision, cpu=device.type == "cpu",
-        dynamo_plugin=compiler if settings.compile else None, kwargs_handlers=[together, InitProcessGroupKwargs(timeout=_PATIENCE)],
+        dynamo_plugin=compiler, kwargs_handlers=[together, InitProcessGroupKwargs(timeout=_PATIENCE)],
     )  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
         raise UsageError("only FSDP 2 on GPUs is trained with", hint="accelerate launch --use_fsdp --fsdp_version 2")
